@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose calibration text so that no capability is sacrificed, prune with it, measure what was kept, publish the result."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .pruner import CalibPruner as CalibPruner
+    from .records import CalibPruneConfig as CalibPruneConfig
+    from .records import CalibrationSet as CalibrationSet
+    from .records import CalibrationSource as CalibrationSource
+    from .records import RunRecord as RunRecord
+    from .records import SparsityPattern as SparsityPattern
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "CalibPruner": "pruner",
+    "CalibPruneConfig": "records",
+    "CalibrationSet": "records",
+    "CalibrationSource": "records",
+    "RunRecord": "records",
+    "SparsityPattern": "records",
+}
+
+__all__ = ["CalibPruneConfig", "CalibPruner", "CalibrationSet", "CalibrationSource", "RunRecord", "SparsityPattern"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

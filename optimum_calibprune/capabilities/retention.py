@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense and sparse scores in, retention by capability out, with paired bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..records import CAPABILITIES, CapabilityReport, CapabilityRetention, Scores, TaskScore
+
+
+RESAMPLES = 4000
+LEVELS = (2.5, 97.5)  # percentiles of a 95 % interval
+
+
+def capability_report(dense: Scores, sparse: Scores, *, seed: int = 0) -> CapabilityReport:
+    """Retention of each capability: mean sparse score over mean dense score, across its tasks.
+
+    The interval comes from 4000 bootstrap samples of the items, the same for dense and sparse (paired, so that items on
+    which both agree add no width). Raises `ValueError` where the two were not measured on the same items.
+    """
+    return draws_report(dense, [sparse], seed=seed)
+
+
+def draws_report(dense: Scores, draws: Sequence[Scores], *, seed: int = 0) -> CapabilityReport:
+    """The same over several draws of the calibration set: the mean over draws, and a two-level interval, for which the
+    draws are resampled first and then the items (the same items for all draws)."""
+    generator = np.random.default_rng(seed)
+    entries, replicates = [], []
+    for capability in CAPABILITIES:
+        tasks = [task for task in dense.tasks if task.capability == capability]
+        if not tasks:
+            continue
+        matched = [[_counterpart(task, scores) for task in tasks] for scores in draws]
+        entry, samples = _retention(capability, tasks, matched, generator)
+        entries.append(entry)
+        if samples is not None:
+            replicates.append(samples)
+    kept = {entry.capability: entry.retention for entry in entries if entry.retention is not None}
+    return CapabilityReport(
+        capabilities=tuple(entries),
+        total=sum(kept.values()) / len(kept) if kept else None,
+        total_interval=_interval(np.mean(replicates, axis=0)) if replicates else None,
+        worst=min(kept, key=lambda name: kept[name]) if kept else None,
+        not_measured=dict(dense.not_measured),
+    )
+
+
+def _counterpart(task: TaskScore, scores: Scores) -> TaskScore:
+    found = next((other for other in scores.tasks if other.task == task.task), None)
+    if found is None or len(found.item_scores) != len(task.item_scores):
+        raise ValueError(f"Task {task.task!r} was not measured on the same items for the dense and the sparse model.")
+    return found
+
+
+def _retention(
+    capability: str, tasks: list[TaskScore], draws: list[list[TaskScore]], generator: np.random.Generator
+) -> tuple[CapabilityRetention, np.ndarray | None]:
+    """Mean over tasks of each bootstrap sample: dense `[resamples]`, sparse `[draws, resamples]` -> their ratio."""
+    dense_samples = np.zeros(RESAMPLES)
+    sparse_samples = np.zeros((len(draws), RESAMPLES))
+    for t, task in enumerate(tasks):
+        items = np.array([task.item_scores, *(draw[t].item_scores for draw in draws)])  # [1 + draws, items]
+        for i in range(RESAMPLES):
+            means = items[:, generator.integers(0, items.shape[1], items.shape[1])].mean(axis=1) / len(tasks)
+            dense_samples[i] += means[0]
+            sparse_samples[:, i] += means[1:]
+    which = generator.integers(0, len(draws), (len(draws), RESAMPLES))
+    sparse_mean = np.take_along_axis(sparse_samples, which, axis=0).mean(axis=0)
+    dense = float(np.mean([task.value for task in tasks]))
+    sparse = float(np.mean([[task.value for task in draw] for draw in draws]))
+    chance = float(np.mean([task.chance for task in tasks]))
+    above = _interval(dense_samples)[0] > chance
+    ratio = sparse_mean / dense_samples if above else None
+    entry = CapabilityRetention(
+        capability=capability,
+        items=sum(len(task.item_scores) for task in tasks),
+        chance=chance,
+        dense=dense,
+        sparse=sparse,
+        retention=sparse / dense if above else None,
+        interval=_interval(ratio) if ratio is not None else None,
+        above_chance=(sparse - chance) / (dense - chance) if above else None,
+    )
+    return entry, ratio
+
+
+def _interval(samples: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(samples, LEVELS)
+    return float(low), float(high)

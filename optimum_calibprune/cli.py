@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optimum-cli calibprune`: parse, call, show. Heavy libraries are imported only when a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .records import CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan
+
+
+if TYPE_CHECKING:
+    from .pruner import CalibPruner
+
+
+DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
+CONFIG_OPTIONS = (
+    *("revision", "sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping"),
+    *("capabilities", "seed", "dtype", "device"),
+)
+
+
+# -------------------------------------------------------------------------------------------- arguments
+
+
+def _add_model(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hub id, local folder, or 'pocket': the bundled small model")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:0, ...")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else to stderr")
+
+
+def _add_calibration(parser: ArgumentParser) -> None:
+    parser.add_argument("--mix", help="uniform (default), igsp, single:NAME, or weighted:NAME=2,OTHER=1")
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="names listed by 'calibprune sources', PATH (counts as general), or NAME=PATH:CAPABILITY",
+    )
+    parser.add_argument("--samples", type=int, help="calibration samples (default 128; pocket: 64)")
+    parser.add_argument("--length", type=int, help="tokens in a sample (default 2048; pocket: 256)")
+    parser.add_argument("--seed", type=int, help="seed of the draw (default 0)")
+
+
+def _add_evaluation(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--capabilities",
+        help=f"auto (default: what can be measured here), none, or a list such as {','.join(CAPABILITIES[2:])}",
+    )
+    parser.add_argument("--perplexity-text", metavar="FILE", help="measure perplexity on this text, not on WikiText-2")
+
+
+def _pruner(arguments: Namespace) -> CalibPruner:
+    """The pruner that the arguments describe; only what the user gave is passed on."""
+    from .pruner import CalibPruner
+
+    options = {name: getattr(arguments, name, None) for name in CONFIG_OPTIONS}
+    return CalibPruner.from_pretrained(
+        arguments.model,
+        sources=getattr(arguments, "sources", None),
+        perplexity_text=getattr(arguments, "perplexity_text", None),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+# ---------------------------------------------------------------------------------------------- showing
+
+
+def _say(text: str, to_stderr: bool = False) -> None:
+    stream = sys.stderr if to_stderr else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a person reads it before a run."""
+    reasons: dict[str, int] = {}
+    for entry in plan.untouched:
+        reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
+    dense = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "none"
+    forward = "one forward" if plan.replays == 0 else f"{plan.replays} replays a block"
+    return "\n".join(
+        [
+            f"Prune {plan.model} to {plan.pattern} with {plan.method}, calibrated on {plan.samples} x {plan.length} tokens",
+            f"  mix            {plan.mix} of {', '.join(plan.sources)}",
+            f"  pruned         {plan.modules} linear layers in {plan.blocks} blocks, {plan.weights:,} weights",
+            f"  left dense     {dense}",
+            f"  arithmetic     micro-batches of {plan.micro_batch}, {forward}, on {plan.device}",
+            *(f"  memory         {size / 2**20:,.0f} MiB {place}" for place, size in plan.memory.items()),
+            f"  measured       {', '.join(plan.capabilities) or 'no capability'}",
+            f"  pruning takes  about {plan.seconds:,.0f} s",
+        ]
+    )
+
+
+@contextmanager
+def _progress(stages: dict[str, Any] | None = None) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar a stage on a terminal; silent elsewhere."""
+    from tqdm import tqdm
+
+    bars: dict[str, Any] = {} if stages is None else stages
+    quiet = not sys.stderr.isatty()
+
+    def show(done: int, total: int, text: str) -> None:
+        stage, _, detail = text.partition(": ")
+        bar = bars.get(stage)
+        if bar is None or bar.total != total:
+            for other in bars.values():
+                other.close()
+            bar = bars[stage] = tqdm(total=total, desc=stage, leave=False, disable=quiet)
+        bar.set_postfix_str(detail, refresh=False)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _quiet_libraries() -> None:
+    """Progress of our own replaces that of the libraries below, except of downloads."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@contextmanager
+def _errors(code: int) -> Iterator[None]:
+    """Every expected failure becomes one sentence on stderr and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("Interrupted; nothing was left behind.", to_stderr=True)
+        sys.exit(FAILED)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        _say(f"Error: {' '.join(str(error).split()) or type(error).__name__}", to_stderr=True)
+        sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------- commands
+
+
+class PruneCommand(BaseOptimumCLICommand):
+    """Calibrate, prune, measure, save, and push if asked to."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        _add_model(parser)
+        parser.add_argument("--sparsity", help="60%%, 0.6, or n:m such as 2:4 (default 50%%)")
+        _add_calibration(parser)
+        _add_evaluation(parser)
+        parser.add_argument("--method", help=f"{', '.join(METHODS)} (default {METHODS[0]})")
+        parser.add_argument("--sequential", help=f"{', '.join(SEQUENTIAL)} (default {SEQUENTIAL[0]})")
+        parser.add_argument(
+            "--damping", type=float, help="share of the mean diagonal added to each Hessian (default 0.01)"
+        )
+        parser.add_argument("--micro-batch", type=int, help="samples whose arithmetic is done together")
+        parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+        parser.add_argument("--push-to-hub", metavar="ID", help="upload the result to this repo")
+        parser.add_argument("--private", action="store_true", default=None, help="create that repo as a private one")
+
+    def run(self) -> None:
+        _quiet_libraries()
+        arguments = self.args
+        with _errors(BAD_ARGUMENTS):
+            from .publishing.card import retention_table
+            from .publishing.hub import check_output
+
+            check_output(arguments.output, arguments.overwrite)
+            pruner = _pruner(arguments)
+            size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
+            check_output(arguments.output, arguments.overwrite, needed_bytes=size)
+        with _errors(FAILED):
+            _say(plan_text(pruner.plan()), to_stderr=arguments.json)
+            with _progress() as show:
+                record = pruner.prune(on_progress=show)
+            pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, repo_id=arguments.push_to_hub)
+            if arguments.json:
+                _say(record.to_json().rstrip())
+            else:
+                _say("\n" + _table(retention_table(record)))
+                _say(f"\nSaved to {arguments.output} ({record.prune.zeros / record.prune.weights:.2%} zeros).")
+        if arguments.push_to_hub:
+            self._push()
+
+    def _push(self) -> None:
+        from .publishing.hub import push_folder
+
+        with _errors(FAILED):
+            try:
+                commit = push_folder(self.args.output, self.args.push_to_hub, private=self.args.private)
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"{self.args.push_to_hub} was not pushed: {error}. The result is safe in {self.args.output}; "
+                    f"finish with: hf upload {self.args.push_to_hub} {self.args.output}"
+                ) from error
+            _say(f"Pushed: {commit.commit_url}", to_stderr=self.args.json)
+
+
+class SourcesCommand(BaseOptimumCLICommand):
+    """List the calibration sources that have a name."""
+
+    def run(self) -> None:
+        from . import pocket
+        from .calibration.sources import SOURCES
+
+        header = ["name", "capability", "where", "licence"]
+        rows = [header, *map(_source_row, (*SOURCES.values(), *pocket.sources().values()))]
+        _say(_table(rows))
+        _say("\nBundled sources belong to the model 'pocket'. Any other text: PATH, or NAME=PATH:CAPABILITY.")
+
+
+def _source_row(source: CalibrationSource) -> list[str]:
+    if source.path is not None:
+        bound = ", upper bound: made by the generator of the probes" if source.upper_bound else ""
+        return [source.name, source.capability, f"bundled with pocket{bound}", source.licence or ""]
+    where = " ".join(filter(None, (source.repo, source.subset, source.split)))
+    return [source.name, source.capability, where, source.licence or "see the data set's card"]
+
+
+class MixCommand(BaseOptimumCLICommand):
+    """Choose a calibration set and show it, without pruning."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        _add_model(parser)
+        _add_calibration(parser)
+        parser.add_argument("--output", metavar="DIR", help="write calibration.safetensors and mix.json there")
+
+    def run(self) -> None:
+        _quiet_libraries()
+        arguments = self.args
+        with _errors(BAD_ARGUMENTS):
+            from .publishing.hub import check_output, save_calibration
+
+            if arguments.output:
+                check_output(arguments.output, overwrite=False)
+            pruner = _pruner(arguments)
+        with _errors(FAILED):
+            with _progress() as show:
+                calibration, mix, profiles, _ = pruner.choose_calibration(show)
+            if arguments.output:
+                save_calibration(Path(arguments.output), calibration, mix)
+            if arguments.json:
+                _say(mix.to_json().rstrip())
+                return
+            rows = [["source", "capability", "share", "perplexity", "4-gram duplicates", "4-gram collisions"]]
+            for p in profiles:
+                share = f"{100 * mix.shares.get(p.name, 0):.1f} %"
+                duplicates = f"{100 * p.duplicate_rate:.1f} %"
+                cells = [
+                    p.name,
+                    p.capability,
+                    share,
+                    f"{p.perplexity:.2f}",
+                    duplicates,
+                    f"{p.collision_probability:.2e}",
+                ]
+                rows.append(cells)
+            _say(_table(rows))
+            _say(f"\n{len(calibration.rows)} samples, fingerprint {calibration.fingerprint[:16]}")
+            if mix.objective is not None:
+                _say(f"J = {mix.objective:.4f} ({', '.join(f'{k} {v:.4f}' for k, v in mix.parts.items())})")
+
+
+class EvaluateCommand(BaseOptimumCLICommand):
+    """Measure a model's capabilities and perplexity, without pruning."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        _add_model(parser)
+        _add_evaluation(parser)
+
+    def run(self) -> None:
+        _quiet_libraries()
+        arguments = self.args
+        with _errors(BAD_ARGUMENTS):
+            pruner = _pruner(arguments)
+        with _errors(FAILED):
+            with _progress() as show:
+                scores = pruner.evaluate(on_progress=show)
+                report = pruner.perplexity(on_progress=show)
+            if arguments.json:
+                _say(scores.to_json().rstrip())
+                return
+            rows = [["capability", "task", "metric", "items", "score"]]
+            for t in scores.tasks:
+                rows.append([t.capability, t.task, t.metric, str(len(t.item_scores)), f"{100 * t.value:.1f} %"])
+            rows += [[name, "not measured", reason, "", ""] for name, reason in scores.not_measured.items()]
+            _say(_table(rows))
+            if report is not None:
+                found = f"{report.dense:.3f}" if report.dense is not None else f"not measured ({report.reason})"
+                _say(f"\nPerplexity on {report.text}, windows of {report.length} tokens: {found}")
+
+
+class CalibPruneCommand(BaseOptimumCLICommand):
+    """The root of the subcommands."""
+
+    COMMAND = CommandInfo(name="calibprune", help="Prune language models and measure what each capability kept.")
+    SUBCOMMANDS = (
+        CommandInfo(name="prune", help="Calibrate, prune, measure and save.", subcommand_class=PruneCommand),
+        CommandInfo(name="sources", help="List calibration sources.", subcommand_class=SourcesCommand),
+        CommandInfo(name="mix", help="Choose a calibration set and show it.", subcommand_class=MixCommand),
+        CommandInfo(name="evaluate", help="Measure a model's capabilities.", subcommand_class=EvaluateCommand),
+    )

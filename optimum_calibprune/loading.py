@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's name in; the model, its tokenizer and what a card must know of it out."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import pocket
+from .pruning.blocks import check_config
+from .records import BaseModel
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseModel]:
+    """Loads a causal language model; the config is read and checked before any weight.
+
+    Raises `OSError` where it cannot be had (which repo, and what to do), `ValueError` where it cannot be pruned.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    place = _device(device)
+    path = str(pocket.MODEL) if name == pocket.NAME else name
+    options: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "trust_remote_code": trust_remote_code,
+    }
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        check_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
+    except OSError as error:
+        raise OSError(_why_not_loaded(name, error)) from error
+    base = _describe(name, model, config, token=token, local=Path(path).exists())
+    return model.to(place), tokenizer, base
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {asked!r}; allowed: auto, cpu, cuda, cuda:0, ...") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"Device {asked!r} was asked for, but this machine has no CUDA device; use 'auto' or 'cpu'.")
+    return place
+
+
+def _why_not_loaded(name: str, error: OSError) -> str:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    causes: list[BaseException | None] = [error, error.__cause__, error.__context__]
+    if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error):
+        return f"{name} is gated. Accept its terms on the Hub, then run `hf auth login` or pass a token."
+    near = difflib.get_close_matches(name, [pocket.NAME], n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if huggingface_hub.is_offline_mode():
+        return (
+            f"{name} is neither a local folder nor in the local cache, and HF_HUB_OFFLINE is set.{hint} "
+            "Unset it, give a local folder, or use the bundled 'pocket'."
+        )
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"The model {name!r} cannot be loaded: {first}{hint} A local folder or the bundled 'pocket' need no network."
+    )
+
+
+def _describe(name: str, model: PreTrainedModel, config: Any, *, token: str | None, local: bool) -> BaseModel:
+    licence, language = _card(name, token, local)
+    return BaseModel(
+        name=_original_name(name) if local else name,
+        revision=getattr(config, "_commit_hash", None),
+        licence=licence,
+        language=language,
+        architecture=type(model).__name__,
+        parameters=model.num_parameters(),
+    )
+
+
+def _original_name(name: str) -> str:
+    """Of a saved run, the model that was pruned; else the folder's name without the folders of this machine."""
+    import json
+
+    record = Path(name) / "calibprune.json"
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8"))["base"]["name"]
+    return pocket.NAME if name == pocket.NAME else Path(name).resolve().name
+
+
+def _card(name: str, token: str | None, local: bool) -> tuple[str | None, tuple[str, ...]]:
+    """Licence and languages that the base model's own card states."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if name == pocket.NAME:
+        return pocket.LICENCE, ("en",)
+    readme = Path(name) / "README.md"
+    if local and not readme.is_file():
+        return None, ()
+    try:
+        data = ModelCard.load(readme if local else name, token=token, ignore_metadata_errors=True).data
+    except (EntryNotFoundError, OSError, ValueError):  # a base model need not have a card
+        return None, ()
+    language = data.language or []
+    return data.license, tuple([language] if isinstance(language, str) else language)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will do, its memory by place, and an estimate of its time from rates measured on the spot."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .pruning import blocks, schedule
+from .pruning.blocks import InputGroup
+from .records import CalibPruneConfig, Plan
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+COLUMN_SECONDS = 40e-6  # launching one column step of the sweep, measured on a CPU
+
+
+def make_plan(
+    model: PreTrainedModel,
+    config: CalibPruneConfig,
+    groups: list[list[InputGroup]],
+    sources: Sequence[str],
+    capabilities: Sequence[str],
+) -> Plan:
+    """The plan of a run whose config has all defaults filled in."""
+    assert config.samples and config.length and config.micro_batch
+    device = model.device
+    micro_batches = math.ceil(config.samples / config.micro_batch)
+    fits = schedule.resident_micro_batches(model, groups, config.micro_batch * config.length, device)
+    resident = min(fits, micro_batches) if config.sequential == "module" else 0
+    replayed = 1.0 - resident / micro_batches
+    most_groups = max(len(block) for block in groups)
+    replays = 0 if replayed == 0 else 1 if config.sequential == "block" else most_groups
+    modules = [m for block in groups for group in block for m in group.modules]
+    return Plan(
+        model=config.model,
+        pattern=config.sparsity,
+        method=config.method,
+        mix=config.mix,
+        sources=tuple(sources),
+        samples=config.samples,
+        length=config.length,
+        blocks=len(groups),
+        modules=len(modules),
+        weights=sum(m.weight.numel() for m in modules),
+        untouched=blocks.untouched(model, groups),
+        capabilities=tuple(capabilities),
+        micro_batch=config.micro_batch,
+        resident=resident,
+        replays=replays,
+        device=str(device),
+        memory=_memory(model, groups, config, resident),
+        seconds=_seconds(model, groups, config.samples * config.length, replays * replayed),
+    )
+
+
+def _memory(
+    model: PreTrainedModel, groups: list[list[InputGroup]], config: CalibPruneConfig, resident: int
+) -> dict[str, int]:
+    assert config.samples and config.length and config.micro_batch
+    size = torch.finfo(model.dtype).bits // 8
+    hidden = model.get_input_embeddings().weight.shape[1]
+    waiting = max(
+        sum(g.columns + sum(blocks.weight_of(m).shape[0] for m in g.modules) for g in block) for block in groups
+    )
+    columns = max(group.columns for block in groups for group in block)
+    place = model.device.type
+    return {
+        f"model on {place}": sum(p.numel() * p.element_size() for p in model.parameters()),
+        f"hidden states on {place}": config.samples * config.length * hidden * size,
+        f"waiting micro-batches on {place}": resident * config.micro_batch * config.length * waiting * size,
+        f"Hessian and factor on {place}": 3 * columns * columns * 4,
+    }
+
+
+def _seconds(model: PreTrainedModel, groups: list[list[InputGroup]], tokens: int, replays: float) -> float:
+    """Of the pruning stage: products at measured rates, and the sweep's column steps."""
+    forward_rate, solve_rate = _product_rate(model.dtype, model.device), _product_rate(torch.float32, model.device)
+    seconds = 0.0
+    for block in groups:
+        for group in block:
+            columns = group.columns
+            outputs = sum(blocks.weight_of(m).shape[0] for m in group.modules)
+            seconds += (1 + replays) * 2 * tokens * columns * outputs / forward_rate
+            seconds += (2 * tokens * columns**2 + columns**3) / solve_rate
+            seconds += 5 * outputs * columns**2 / solve_rate + len(group.modules) * columns * COLUMN_SECONDS
+    return seconds
+
+
+def _product_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """FLOP/s of a square matrix product, the best of three."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's decoder blocks: find them and what in them can be pruned; load, run and store one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..records import SparsityPattern, Untouched
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Modules of one block that read the same tensor and so share one Hessian, in the order in which they run."""
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def columns(self) -> int:
+        return weight_of(self.modules[0]).shape[1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to a block beside the hidden states: it differs from block to block, and is replayed."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends a forward whose remaining blocks are not needed."""
+
+
+# -------------------------------------------------------------------------------------- what is pruned
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuses, before any weight is read, a model that is quantised already."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        name = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ValueError(
+            f"{config.name_or_path or 'The model'} is quantised already ({name}); pruning needs plain weights. Load it "
+            "with a quantization config that has dequantize=True (FP8, MXFP4) or take the unquantised checkpoint, "
+            "call save_pretrained, and prune the saved folder."
+        )
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks: the shallowest `nn.ModuleList` with as many entries as the config has hidden layers."""
+    config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "num_hidden_layers", None)
+    found = [
+        (name.count("."), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not found or count == 0:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder blocks: no nn.ModuleList of {count} entries (num_hidden_layers). "
+            "Only decoder-only language models of transformers can be pruned."
+        )
+    _, name, module = min(found, key=lambda entry: entry[:2])
+    return name, module
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as `[outputs, inputs]`; a view, whichever way the module stores it."""
+    weight = module.weight.data
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def prunable(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of one block, by their name inside it; `nn.Linear`, its subclasses, and GPT-2's `Conv1D`."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module.weight.ndim == 2 and module.weight.is_floating_point()
+    }
+
+
+def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
+    """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
+    blocks_name, blocks = find_blocks(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is not in memory (offloaded or on the meta device), and edits of it would be lost. Load the "
+                "model on one device, without device_map or offloading."
+            )
+    for name, module in blocks.named_modules():
+        full = f"{blocks_name}.{name}"
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d):
+                raise ValueError(
+                    f"{full}.{key} holds fused expert weights of shape {tuple(parameter.shape)}; experts cannot be pruned "
+                    "yet, and pruning the rest alone would leave most of the model dense."
+                )
+    pruned = [(f"{blocks_name}.{i}.{n}", module) for i, b in enumerate(blocks) for n, module in prunable(b).items()]
+    if not pruned:
+        raise ValueError(f"The blocks of {type(model).__name__} hold no linear layer that can be pruned.")
+    for full, module in pruned:
+        columns = weight_of(module).shape[1]
+        if pattern.m is not None and columns % pattern.m:
+            raise ValueError(f"{full} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
+        if not bool(module.weight.isfinite().all()):
+            raise ValueError(f"{full}.weight holds NaN or infinity; the checkpoint is damaged.")
+
+
+def untouched(model: PreTrainedModel, groups: list[list[InputGroup]]) -> tuple[Untouched, ...]:
+    """Every matrix outside `groups`, and why it stays dense."""
+    blocks_name, _ = find_blocks(model)
+    pruned = {id(m.weight) for block in groups for group in block for m in group.modules}
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    entries = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in pruned:
+            continue
+        if embeddings is not None and parameter is embeddings.weight:
+            reason = "embeddings, which are never pruned"
+        elif head is not None and parameter is getattr(head, "weight", None):
+            reason = "the output head, which is never pruned"
+        elif not name.startswith(f"{blocks_name}."):
+            reason = "outside the decoder blocks"
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
+            reason = "not reached by a forward pass, or shared with another module"
+        else:
+            reason = "not a linear layer"
+        entries.append(Untouched(name, tuple(parameter.shape), reason))
+    return tuple(entries)
+
+
+@torch.no_grad()
+def find_groups(model: PreTrainedModel) -> list[list[InputGroup]]:
+    """The input groups of each block, found by one short forward and by the identity of the tensors that arrive."""
+    _, blocks = find_blocks(model)
+    seen: list[list[tuple[str, nn.Module, Tensor]]] = [[] for _ in blocks]
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    handles = []
+
+    def record(i: int, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: seen[i].append((name, module, args[0]))
+
+    for i, block in enumerate(blocks):
+        for name, module in prunable(block).items():
+            if owners[id(module.weight)] == 1:
+                handles.append(module.register_forward_pre_hook(record(i, name)))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None] % vocabulary
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_by_input(calls) for calls in seen]
+
+
+def _by_input(calls: list[tuple[str, nn.Module, Tensor]]) -> list[InputGroup]:
+    names = [name for name, _, _ in calls]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} runs more than once in one forward of its block; such models cannot be pruned yet.")
+    groups: list[tuple[Tensor, list[tuple[str, nn.Module]]]] = []
+    for name, module, x in calls:
+        members = next((members for y, members in groups if y is x), None)
+        if members is None:
+            groups.append((x, [(name, module)]))
+        else:
+            members.append((name, module))
+    return [InputGroup(tuple(n for n, _ in members), tuple(m for _, m in members)) for _, members in groups]
+
+
+# --------------------------------------------------------------------------------- one block at a time
+
+
+def load(block: nn.Module, device: torch.device) -> None:
+    """Moves a block to where it is worked on."""
+    block.to(device)
+
+
+def store(block: nn.Module, device: torch.device) -> None:
+    """Moves a block back to where the model lives."""
+    block.to(device)
+
+
+def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """One forward of a block: hidden states `[samples, length, width]` in, the same out."""
+    output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _hooks(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> tuple[Tensor, list[Call]]:
+    """Hidden states that enter the first block, and each block's own `Call`, for one micro-batch `[samples, length]`.
+
+    Calls depend on the shape of the micro-batch, not on its content, so one capture serves all of a shape.
+    """
+    _, blocks = find_blocks(model)
+    first: list[Tensor] = []
+    calls: list[Call] = []
+
+    def arrive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not calls:
+            first.append(args[0] if args else kwargs["hidden_states"])
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        calls.append(Call(_to(args[1:], device), _to(rest, device)))
+        if len(calls) == len(blocks):
+            raise _Stop
+
+    with _hooks([block.register_forward_pre_hook(arrive, with_kwargs=True) for block in blocks]):
+        _run_until_stopped(model, input_ids)
+    return first[0].to(device), calls
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Tensor:
+    """Hidden states that enter the first block, `[samples, length, width]`."""
+    _, blocks = find_blocks(model)
+    first: list[Tensor] = []
+
+    def arrive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    with _hooks([blocks[0].register_forward_pre_hook(arrive, with_kwargs=True)]):
+        _run_until_stopped(model, input_ids)
+    return first[0].to(device)
+
+
+def _run_until_stopped(model: PreTrainedModel, input_ids: Tensor) -> None:
+    try:
+        model(input_ids=input_ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+    except _Stop:
+        return
+    raise AssertionError("the forward pass ended without reaching the decoder blocks")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value

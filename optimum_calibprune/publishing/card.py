@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A RunRecord in, the text of its model card out; nothing is read but the template, nothing is guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..records import CalibrationSource, RunRecord
+
+
+_HERE = Path(__file__).parent
+METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
+
+
+def template_path() -> Path:
+    """The template: inside the package in a wheel, at the root of the repository in a checkout."""
+    packaged = _HERE / "model_card_template.md"
+    return packaged if packaged.exists() else _HERE.parents[1] / "model_card_template.md"
+
+
+def render(run: RunRecord, repo_id: str | None = None) -> str:
+    """The card as Markdown with its metadata; `repo_id` is where the model will live, if that is known."""
+    values = {
+        "title": f"{run.base.name} at {run.config.sparsity}",
+        "base_link": _base_link(run),
+        "load_id": repo_id or "path/to/this/folder",
+        "method": METHOD_NAMES[run.prune.method],
+        "run": run,
+        "loss": _loss(run),
+        "capabilities": _capability_rows(run),
+        "total": _total(run),
+        "not_measured": sorted(run.capabilities.not_measured.items()) if run.capabilities else [],
+        "perplexity": run.perplexity if run.perplexity and run.perplexity.dense is not None else None,
+        "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
+        "upper_bound": ", ".join(s.name for s in run.sources if s.upper_bound and s.name in run.mix.shares),
+        "zeros": f"{run.prune.zeros:,}",
+        "weights": f"{run.prune.weights:,}",
+        "share": _percent(run.prune.zeros / run.prune.weights, 2),
+        "rescues": "; ".join(f"{layer.module} ({layer.rescue})" for layer in run.prune.layers if layer.rescue),
+        "hardware": ", ".join(f"{key} {value}" for key, value in run.hardware.items()),
+        "seconds": ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.seconds.items()),
+        "peak": f"{run.peak_memory / 2**30:.2f} GiB",
+        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+    }
+    card = ModelCard.from_template(_metadata(run), template_path=str(template_path()), **values)
+    return str(card)
+
+
+def _metadata(run: RunRecord) -> ModelCardData:
+    on_hub = run.base.revision is not None
+    return ModelCardData(
+        base_model=run.base.name if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=run.base.licence,
+        language=list(run.base.language) or None,
+        tags=["calibprune", "pruned", "sparse", run.prune.method],
+        datasets=sorted({s.repo for s in run.sources if s.repo and s.name in run.mix.shares}) or None,
+        model_name=f"{run.base.name} at {run.config.sparsity}",
+        eval_results=_eval_results(run) or None,
+    )
+
+
+def _eval_results(run: RunRecord) -> list[EvalResult]:
+    rows = run.capabilities.capabilities if run.capabilities else ()
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=f"calibprune/{row.capability}",
+            dataset_name=f"{row.capability} ({row.items} items)",
+            metric_type="accuracy",
+            metric_value=round(row.sparse, 4),
+        )
+        for row in rows
+    ]
+
+
+def _base_link(run: RunRecord) -> str:
+    return f"[{run.base.name}](https://huggingface.co/{run.base.name})" if run.base.revision else f"`{run.base.name}`"
+
+
+def _loss(run: RunRecord) -> str:
+    report = run.capabilities
+    if report is None or report.total is None:
+        return ""
+    worst = next(c for c in report.capabilities if c.capability == report.worst)
+    return (
+        f"It keeps {_percent(report.total)} of its capabilities on average over {', '.join(report.measured)}; the most is "
+        f"lost in {worst.capability}, of which it keeps {_percent(worst.retention)}."
+    )
+
+
+def _capability_rows(run: RunRecord) -> list[dict[str, str]]:
+    report = run.capabilities
+    return [
+        {
+            "name": f"**{row.capability}** (worst)" if report and row.capability == report.worst else row.capability,
+            "count": str(row.items),
+            "dense": _percent(row.dense),
+            "sparse": _percent(row.sparse),
+            "retention": _percent(row.retention) if row.retention is not None else "undefined: dense is at chance",
+            "interval": _range(row.interval),
+        }
+        for row in (report.capabilities if report else ())
+    ]
+
+
+def _total(run: RunRecord) -> dict[str, str] | None:
+    report = run.capabilities
+    if report is None or report.total is None:
+        return None
+    return {
+        "over": ", ".join(report.measured),
+        "retention": _percent(report.total),
+        "interval": _range(report.total_interval),
+    }
+
+
+def _source_row(run: RunRecord, source: CalibrationSource) -> dict[str, str]:
+    profile = next(profile for profile in run.profiles if profile.name == source.name)
+    return {
+        "name": source.name,
+        "capability": source.capability,
+        "share": _percent(run.mix.shares[source.name]),
+        "data": " ".join(filter(None, (source.repo, source.subset))) or source.path or "given in memory",
+        "revision": (source.revision or "")[:12],
+        "licence": source.licence or ("see the data set's card" if source.repo else "not stated"),
+        "perplexity": f"{profile.perplexity:.1f}",
+        "duplicates": _percent(profile.duplicate_rate),
+    }
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+
+
+def retention_table(run: RunRecord) -> list[list[str]]:
+    """What was kept, as rows of cells for a terminal: a header, the capabilities, the total, the perplexity."""
+    rows = [["capability", "dense", "sparse", "retention", "95 % interval"]]
+    for row in _capability_rows(run):
+        rows.append([row["name"].replace("*", ""), row["dense"], row["sparse"], row["retention"], row["interval"]])
+    total = _total(run)
+    if total is not None:
+        rows.append(["total", "", "", total["retention"], total["interval"]])
+    for name, reason in sorted(run.capabilities.not_measured.items()) if run.capabilities else ():
+        rows.append([name, "not measured", reason, "", ""])
+    text = run.perplexity
+    if text is not None and text.dense is not None and text.sparse is not None:
+        rows.append([f"perplexity, {text.text}", f"{text.dense:.2f}", f"{text.sparse:.2f}", "", ""])
+    elif text is not None:
+        rows.append([f"perplexity, {text.text}", "not measured", text.reason, "", ""])
+    return rows

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attacks on the sandbox, each tried in every way of isolation that this machine has."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from optimum_calibprune.capabilities import sandbox
+from optimum_calibprune.capabilities.sandbox import Isolation, SandboxUnavailable, Verdict, run_program, run_programs
+
+
+MEMORY = 512 * 2**20
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["namespaces", "spare user"])
+def probed(request: pytest.FixtureRequest) -> Isolation:
+    level = sandbox._probe(namespaces=request.param)
+    if not level.available:
+        pytest.skip(f"not possible here: {level.reason}")
+    return level
+
+
+@pytest.fixture
+def level(probed: Isolation, monkeypatch: pytest.MonkeyPatch) -> Isolation:
+    monkeypatch.setattr(sandbox, "isolation", lambda: probed)
+    return probed
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen]:
+    """A process of the user who runs the tests."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder where every user of the machine may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+def denied(statement: str, error: str = "OSError") -> str:
+    """A program that passes if the statement raises the error."""
+    return f"import os\ntry:\n    {statement}\nexcept {error}:\n    pass\nelse:\n    raise AssertionError('allowed')\n"
+
+
+def processes_with(mark: str) -> list[str]:
+    """Live processes that carry the mark as an argument, as every process of a run carries its memory limit."""
+    found = []
+    for folder in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if mark.encode() in Path("/proc", folder, "cmdline").read_bytes().split(b"\0"):
+                found.append(folder)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def wait_until_gone(mark: str) -> bool:
+    deadline = time.monotonic() + 2
+    while processes_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not processes_with(mark)
+
+
+def test_this_machine_says_what_it_can_do() -> None:
+    level = sandbox.isolation()
+    assert level is sandbox.isolation()
+    assert level.available != bool(level.reason)
+    if level.available:
+        assert level.user
+    else:
+        with pytest.raises(SandboxUnavailable, match="cannot be isolated"):
+            run_program("pass")
+
+
+def test_nothing_runs_where_the_probe_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.isolation.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sandbox.sys, "executable", "/nonexistent/python")
+            assert not sandbox.isolation().available
+            with pytest.raises(SandboxUnavailable, match="does not start"):
+                run_program("pass")
+            with pytest.raises(SandboxUnavailable, match="does not start"):
+                run_programs(["pass", "pass"])
+    finally:
+        sandbox.isolation.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root can become a spare user")
+def test_an_ordinary_user_without_namespaces_is_refused() -> None:
+    level = sandbox._probe(namespaces=False)
+    assert not level.available
+    assert "only root" in level.reason
+
+
+def test_namespaces_cut_everything_off() -> None:
+    level = sandbox._probe(namespaces=True)
+    if not level.available:
+        pytest.skip(f"not possible here: {level.reason}")
+    assert level.network and level.files
+
+
+def test_a_correct_program_passes(level: Isolation) -> None:
+    program = "import collections, hashlib, math, random, re\ndef f(x):\n    return x + 1\nassert f(1) == 2\n"
+    verdict = run_program(program)
+    assert verdict == Verdict(passed=True, reason="passed", seconds=verdict.seconds)
+    assert 0 <= verdict.seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert 1 == 2, 'not equal'", "failed: AssertionError: not equal"),
+        ("def f(:", "failed: SyntaxError: "),
+        ("x = '\ud800'", "failed: SyntaxError: "),
+        ("x = '\0'", "failed: "),
+        ("raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
+        ("import sys; sys.exit(0)", "failed: SystemExit: 0"),
+        ("import os; os._exit(0)", "failed: exited with status 0 before its end"),
+        ("import os; os.closerange(0, 32); os._exit(0)", "failed: "),
+        ("import os; os.abort()", "failed: killed by SIG"),
+        ("class E(Exception):\n    def __str__(self): raise E\nraise E", "failed: exited with status 1"),
+        ("raise Exception('long ' * 10**6)", "failed: Exception: long"),
+    ],
+)
+def test_a_program_that_does_not_reach_its_end_fails(level: Isolation, program: str, reason: str) -> None:
+    verdict = run_program(program)
+    assert not verdict.passed
+    assert verdict.reason.startswith(reason)
+    assert len(verdict.reason) < 2000
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "print(input()) or input()"])
+def test_a_program_ends_in_time(level: Isolation, program: str) -> None:
+    start = time.monotonic()
+    verdict = run_program(program, timeout_seconds=0.5)
+    assert not verdict.passed
+    assert verdict.reason in ("timed out", "failed: EOFError: EOF when reading a line")
+    assert time.monotonic() - start < 5
+
+
+def test_signals_do_not_hold_off_the_end(level: Isolation) -> None:
+    program = """
+import signal
+for number in signal.valid_signals():
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except OSError:
+        pass
+while True:
+    pass
+"""
+    assert run_program(program, timeout_seconds=0.5).reason == "timed out"
+
+
+@pytest.mark.parametrize("program", ["x = bytearray(10**10)", "x = []\nwhile True: x.append(bytearray(10**6))"])
+def test_a_memory_bomb_runs_out_of_memory(level: Isolation, program: str) -> None:
+    verdict = run_program(program, memory_bytes=128 * 2**20)
+    assert (verdict.passed, verdict.reason) == (False, "out of memory")
+
+
+@pytest.mark.parametrize("descriptor", [1, 2, 3])
+def test_endless_output_goes_nowhere(level: Isolation, descriptor: int) -> None:
+    verdict = run_program(f"import os\nwhile True: os.write({descriptor}, bytes(65536))", timeout_seconds=0.5)
+    assert not verdict.passed
+    assert len(verdict.reason) < 2000
+    assert verdict.seconds < 1
+
+
+def test_files_are_limited(level: Isolation) -> None:
+    assert run_program("with open('small', 'w') as file: file.write('x')\nassert open('small').read() == 'x'").passed
+    assert run_program(denied("open('large', 'wb').write(bytes(2**21))")).passed
+    assert run_program(denied("files = [open('many', 'w') for _ in range(100)]")).passed
+
+
+def test_a_deep_folder_does_not_trip_the_cleanup(level: Isolation) -> None:
+    program = "import os\nfor _ in range(2000):\n    os.mkdir('d')\n    os.chdir('d')\n"
+    run_program(program)
+    assert run_program("import os; assert os.listdir() == []").passed
+
+
+def test_the_environment_is_empty(level: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a secret of the user")
+    program = """
+import os
+assert not os.environ
+try:
+    environments = [open(f"/proc/{process}/environ").read() for process in (os.getpid(), os.getppid(), "self")]
+except OSError:
+    environments = []
+assert not any("HF_TOKEN" in environment for environment in environments)
+"""
+    verdict = run_program(program)
+    assert verdict.passed, verdict.reason
+
+
+def test_the_users_files_cannot_be_read(level: Isolation, open_folder: Path) -> None:
+    private = open_folder / "private"
+    private.write_text("a secret of the user")
+    private.chmod(0o600)
+    assert run_program(denied(f"open({str(private)!r})")).passed
+    public = open_folder / "public"
+    public.write_text("for every user to read")
+    public.chmod(0o644)
+    assert run_program(denied(f"open({str(public)!r})")).passed == level.files
+
+
+def test_nothing_is_written_outside(level: Isolation, open_folder: Path) -> None:
+    private = open_folder / "private"
+    private.write_text("as it was")
+    private.chmod(0o600)
+    for statement in (
+        f"open({str(private)!r}, 'w')",
+        f"os.truncate({str(private)!r}, 0)",
+        f"os.chmod({str(private)!r}, 0o777)",
+        "open(os.path.join(os.path.dirname(os.__file__), 'planted.py'), 'w')",
+        "os.chmod(os.__file__, 0o777)",
+        "os.mkdir('/usr/lib/planted')",
+        "os.chroot('.')",
+    ):
+        assert run_program(denied(statement)).passed, statement
+    assert private.read_text() == "as it was"
+    assert private.stat().st_mode & 0o777 == 0o600
+    if level.files:
+        assert run_program(denied(f"open({str(open_folder / 'new')!r}, 'w')")).passed
+        assert run_program(denied(f"os.unlink({str(private)!r})")).passed
+        assert os.listdir(open_folder) == ["private"]
+
+
+def test_privileges_are_gone_for_good(level: Isolation) -> None:
+    for statement in ("os.setuid(0)", "os.setgid(0)", "os.setgroups([0])", "os.nice(-5)"):
+        assert run_program(denied(statement)).passed, statement
+    program = "import os\nassert 0 not in os.getresuid() + os.getresgid()"
+    assert run_program(program).passed
+    if os.geteuid() == 0:
+        assert run_program("import os\nassert os.getgroups() == []").passed
+
+
+def test_the_network_is_out_of_reach(level: Isolation) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)\n"
+        verdict = run_program(program)
+    if not level.network:
+        assert verdict.passed, "isolation() says that the network is open"
+        return
+    assert "unreachable" in verdict.reason
+    datagram = "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))"
+    assert run_program("import socket\n" + denied(datagram)).passed
+
+
+def test_a_fork_bomb_is_bounded(level: Isolation) -> None:
+    program = """
+import os, time
+forks = 0
+while forks < 100:
+    try:
+        child = os.fork()
+    except BlockingIOError:
+        break
+    if child == 0:
+        time.sleep(60)
+    forks += 1
+assert forks < 16
+"""
+    verdict = run_program(program, memory_bytes=MEMORY + 4096)
+    assert verdict.passed, verdict.reason
+    assert wait_until_gone(str(MEMORY + 4096))
+    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
+    assert not run_program(bomb, timeout_seconds=0.5, memory_bytes=MEMORY + 8192).passed
+    assert wait_until_gone(str(MEMORY + 8192))
+
+
+@pytest.mark.parametrize("end", ["pass", "os._exit(0)", "time.sleep(60)"])
+def test_a_daemon_dies_with_its_program(level: Isolation, end: str) -> None:
+    program = f"""
+import os, signal, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.closerange(0, 32)
+        time.sleep(60)
+    os._exit(0)
+time.sleep(0.5)
+{end}
+"""
+    mark, most = str(MEMORY + 12288), 0
+    run = threading.Thread(
+        target=run_program, args=[program], kwargs={"timeout_seconds": 1, "memory_bytes": int(mark)}
+    )
+    run.start()
+    while run.is_alive():
+        most = max(most, len(processes_with(mark)))
+        time.sleep(0.02)
+    run.join()
+    assert most >= 3, "supervisor, program and daemon were never seen together"
+    assert wait_until_gone(mark)
+
+
+def test_no_other_process_can_be_killed(level: Isolation, bystander: subprocess.Popen) -> None:
+    program = f"""
+import os, signal
+for kill, process in (
+    (os.kill, {bystander.pid}), (os.kill, {os.getpid()}), (os.kill, os.getppid()), (os.killpg, {os.getpgid(0)})
+):
+    if process:
+        try:
+            kill(process, signal.SIGKILL)
+        except OSError:
+            continue
+        raise AssertionError(f"killed {{process}}")
+try:
+    os.kill(-1, signal.SIGKILL)
+except OSError:
+    pass
+"""
+    verdict = run_program(program)
+    assert verdict.passed, verdict.reason
+    assert bystander.poll() is None
+
+
+PATCHES = {
+    "exception": "import builtins; builtins.AssertionError = type('Harmless', (), {})",
+    "functions": "import builtins; builtins.exec = builtins.compile = builtins.print = lambda *a, **k: b''",
+    "os": "import os; os.write = os.read = os._exit = lambda *a: 16",
+    "exit": "import atexit, sys; atexit.register(lambda: __import__('os')._exit(0)); sys.excepthook = print",
+    "modules": "import sys; sys.modules.clear()",
+    "frames": """
+import sys
+frame = sys._getframe().f_back
+while frame:
+    for name in list(frame.f_globals):
+        if not name.startswith("__"):
+            frame.f_globals[name] = lambda *a, **k: b""
+    frame = frame.f_back
+""",
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_patching_the_checker_does_not_pass_a_wrong_program(level: Isolation, patch: str) -> None:
+    assert run_program(patch).passed, "the patch alone is harmless"
+    assert not run_program(patch + "\nassert False\n").passed
+
+
+FORGERIES = {
+    "words": "for fd in range(32):\n    try: os.write(fd, b'passed')\n    except OSError: pass",
+    "reread": "for fd in (0, 4, 5):\n    try: os.write(3, os.read(fd, 16))\n    except OSError: pass",
+    "frames": """
+import sys
+frame, found = sys._getframe(), {bytes(16)}
+while frame:
+    for space in (frame.f_locals, frame.f_globals):
+        found |= {value for value in space.values() if isinstance(value, bytes) and len(value) == 16}
+    frame = frame.f_back
+for value in found:
+    os.write(3, value)
+""",
+    "garbage": """
+import gc
+for item in gc.get_objects():
+    for value in gc.get_referents(item):
+        if isinstance(value, bytes) and len(value) == 16:
+            os.write(3, value)
+""",
+    "memory": "import ctypes\nos.write(3, ctypes.string_at(id(b''), 16))",
+    "memory again": "import sys\nsys.modules.pop('ctypes', None)\nimport _ctypes",
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES.values(), ids=FORGERIES)
+def test_a_pass_cannot_be_forged(level: Isolation, forgery: str) -> None:
+    assert not run_program(f"import os\n{forgery}\nos._exit(0)").passed
+
+
+def test_tracing_cannot_jump_over_the_tests(level: Isolation) -> None:
+    program = """import sys
+def trace(frame, event, argument):
+    if event == "line" and frame.f_lineno == 8:
+        frame.f_lineno = 10
+    return trace
+sys._getframe().f_trace = trace
+sys.settrace(trace)
+begin = True
+assert not begin, "the tests of the program"
+end = True
+"""
+    bare = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True)
+    assert bare.returncode == 0, "outside the sandbox the attack works"
+    assert "sys.settrace is refused" in run_program(program).reason
+
+
+def test_verdicts_keep_the_order_of_programs(level: Isolation) -> None:
+    programs = [f"import time\ntime.sleep({0.2 if i == 0 else 0})\nassert {i} % 3" for i in range(12)]
+    start = time.monotonic()
+    verdicts = run_programs(programs, workers=2)
+    assert [verdict.passed for verdict in verdicts] == [bool(i % 3) for i in range(12)]
+    assert time.monotonic() - start < 5
+    assert run_programs([]) == []
+
+
+def test_the_folder_of_a_run_is_removed(level: Isolation, open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(open_folder))
+    assert run_program("with open('left', 'w') as file: file.write('x')").passed
+    assert os.listdir(open_folder) == []
