@@ -45,6 +45,7 @@ def dense_scores() -> Scores:
 def run(name: str, seed: int, sparsity: str, dense: Scores) -> tuple[str, int, Scores, float, float, float]:
     """One cell: sparse scores, seconds, and the perplexity and 4-gram duplicate rate of the calibration set."""
     import torch
+
     from optimum_calibprune.calibration import measure
 
     torch.set_num_threads(1)
