@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from optimum_calibprune.capabilities import sandbox
+from optimum_calibprune.capabilities import sandbox, supervisor
 from optimum_calibprune.capabilities.sandbox import Isolation, SandboxUnavailable, Verdict, run_program, run_programs
 
 
-MEMORY = 512 * 2**20
+MEMORY = 512 * 2**20 + os.getpid()  # tells the processes of these tests from all others
 # What a machine may lack; any other reason not to run programs is a defect of the sandbox.
 LACKS = (
     "not permitted|denied|not implemented|not found|No such file|only root|cannot read the library|has no attribute"
@@ -120,6 +120,14 @@ def test_namespaces_cut_everything_off() -> None:
     level = sandbox._probe(namespaces=True)
     skip_unless_possible(level)
     assert level.network and level.files
+
+
+def test_a_spare_user_sees_no_files_where_the_kernel_has_landlock(level: Isolation) -> None:
+    try:
+        supervisor._call("syscall", 444, None, 0, 1)
+    except OSError:
+        pytest.skip("this kernel has no Landlock")
+    assert level.files
 
 
 def test_a_correct_program_passes(level: Isolation) -> None:
@@ -241,6 +249,8 @@ def test_nothing_is_written_outside(level: Isolation, open_folder: Path) -> None
         "os.chroot('.')",
     ):
         assert run_program(denied(statement)).passed, statement
+    if level.namespaces:
+        assert run_program("import os\nassert os.statvfs(os.__file__).f_flag & os.ST_RDONLY").passed
     assert private.read_text() == "as it was"
     assert private.stat().st_mode & 0o777 == 0o600
     if level.files:
@@ -285,12 +295,12 @@ while forks < 100:
     forks += 1
 assert forks < 16
 """
-    verdict = run_program(program, memory_bytes=MEMORY + 4096)
+    verdict = run_program(program, memory_bytes=MEMORY)
     assert verdict.passed, verdict.reason
-    assert wait_until_gone(str(MEMORY + 4096))
+    assert wait_until_gone(str(MEMORY))
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
-    assert not run_program(bomb, timeout_seconds=0.5, memory_bytes=MEMORY + 8192).passed
-    assert wait_until_gone(str(MEMORY + 8192))
+    assert not run_program(bomb, timeout_seconds=0.5, memory_bytes=MEMORY).passed
+    assert wait_until_gone(str(MEMORY))
 
 
 @pytest.mark.parametrize("end", ["pass", "os._exit(0)", "time.sleep(60)"])
@@ -307,10 +317,8 @@ if os.fork() == 0:
 time.sleep(0.5)
 {end}
 """
-    mark, most = str(MEMORY + 12288), 0
-    run = threading.Thread(
-        target=run_program, args=[program], kwargs={"timeout_seconds": 1, "memory_bytes": int(mark)}
-    )
+    mark, most = str(MEMORY), 0
+    run = threading.Thread(target=run_program, args=[program], kwargs={"timeout_seconds": 1, "memory_bytes": MEMORY})
     run.start()
     while run.is_alive():
         most = max(most, len(processes_with(mark)))
@@ -318,6 +326,22 @@ time.sleep(0.5)
     run.join()
     assert most >= 3, "supervisor, program and daemon were never seen together"
     assert wait_until_gone(mark)
+
+
+def test_a_program_dies_with_the_process_that_runs_it(level: Isolation, open_folder: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(sandbox.__file__).parents[2])!r})
+from optimum_calibprune.capabilities import sandbox, supervisor
+sandbox._judge("while True: pass", 60, {MEMORY}, {level.namespaces})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(open_folder)}) as caller:
+        deadline = time.monotonic() + 20
+        while len(processes_with(str(MEMORY))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        caller.kill()
+    assert time.monotonic() < deadline, "supervisor and program were never seen together"
+    assert wait_until_gone(str(MEMORY))
 
 
 def test_no_other_process_can_be_killed(level: Isolation, bystander: subprocess.Popen) -> None:

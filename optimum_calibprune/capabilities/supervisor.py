@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locks up and watches one generated program; `sandbox.py` runs this file as a bare Python that imports nothing of ours.
+
+Arguments: folder, seconds, bytes of memory, 1 for namespaces or 0. The program comes on standard input, the verdict goes
+to standard output. Constants carry their names of the Linux headers in comments; the system calls without a C wrapper have
+the same number on every architecture.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+
+
+def _call(name: str, *arguments: int | bytes | None) -> int:
+    """Call a function of the C library, and raise OSError where it fails."""
+    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*values)
+    if result == -1:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def _libraries() -> list[str]:
+    """Folders that a program needs to import the standard library."""
+    candidates = {os.path.dirname(os.path.dirname(os.__file__)), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
+    return sorted(folder for folder in candidates if os.path.isdir(folder))
+
+
+def _spare_user() -> int:
+    """Pick a user id from a range no system assigns, that no process has now."""
+    used = set()
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            used.add(os.stat(f"/proc/{process}").st_uid)
+        except FileNotFoundError:
+            continue  # it has just ended
+    first, count = 60578, 606
+    return next(uid for uid in (first + (os.getpid() + i) % count for i in range(count)) if uid not in used)
+
+
+def _enter_namespaces() -> None:
+    """Leave the machine's mounts, processes, network and IPC; an ordinary user needs a user namespace for that."""
+    uid, gid = os.geteuid(), os.getegid()
+    namespaces = 0x68020000  # CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+    if uid == 0:
+        _call("unshare", namespaces)
+        return
+    _call("unshare", namespaces | 0x10000000)  # CLONE_NEWUSER
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def _enter_empty_root(folder: str) -> None:
+    """Make a root of the libraries, read-only, and an empty folder in memory, and go there."""
+    root = os.fsencode(folder)
+    _call("mount", None, b"/", None, 0x44000, None)  # MS_PRIVATE | MS_REC
+    _call("mount", b"none", root, b"tmpfs", 0, b"mode=755,size=1m")
+    for library in map(os.fsencode, _libraries()):
+        os.makedirs(root + library, exist_ok=True)
+        _call("mount", library, root + library, None, 0x5000, None)  # MS_BIND | MS_REC
+    os.mkdir(root + b"/tmp")
+    read_only = (7).to_bytes(8, sys.byteorder)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    _call("syscall", 442, -1, root, 0x8000, read_only + bytes(24), 32)  # mount_setattr, AT_RECURSIVE
+    _call("mount", b"none", root + b"/tmp", b"tmpfs", 6, b"mode=1777,size=16m,nr_inodes=1k")  # MS_NOSUID | MS_NODEV
+    os.chroot(root)
+    os.chdir("/tmp")
+
+
+def _enter_folder(folder: str) -> None:
+    """Go to the folder and, where the kernel has Landlock, close all files but the folder and the libraries."""
+    os.chdir(folder)
+    try:
+        version = _call("syscall", 444, None, 0, 1)  # landlock_create_ruleset, LANDLOCK_CREATE_RULESET_VERSION
+    except OSError:
+        return
+    every_right = (1 << {1: 13, 2: 14}.get(version, 15)) - 1
+    read = 0b1100  # LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR
+    rules = _call("syscall", 444, every_right.to_bytes(8, sys.byteorder), 8, 0)
+    for path, rights in [(folder, every_right), *((library, read) for library in _libraries())]:
+        opened = os.open(path, os.O_PATH)
+        rule = rights.to_bytes(8, sys.byteorder) + opened.to_bytes(4, sys.byteorder)
+        _call("syscall", 445, rules, 1, rule, 0)  # landlock_add_rule, LANDLOCK_RULE_PATH_BENEATH
+    _call("syscall", 446, rules, 0)  # landlock_restrict_self
+
+
+def _limit_resources(seconds: float, memory: int) -> None:
+    """Limit memory, processor time, processes (threads too), open files and file size."""
+    import resource  # Windows has none
+
+    limits = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_CPU: int(seconds) + 2,
+        resource.RLIMIT_NPROC: 8,
+        resource.RLIMIT_NOFILE: 32,
+        resource.RLIMIT_FSIZE: 2**20,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, value in limits.items():
+        ceiling = resource.getrlimit(limit)[1]
+        value = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
+        resource.setrlimit(limit, (value, value))
+
+
+def _drop_privileges(uid: int) -> None:
+    """Become the spare user where we are root, give up all capabilities, and die with the supervisor."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    _call("capset", (0x20080522).to_bytes(4, sys.byteorder) + bytes(4), bytes(24))  # _LINUX_CAPABILITY_VERSION_3
+    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def _lock_up(folder: str, seconds: float, memory: int, namespaces: bool, uid: int) -> None:
+    """Lock up the process that will run the program."""
+    os.setsid()
+    os.environ.clear()  # Python itself sets LC_CTYPE where it finds no locale
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # should memory run out nevertheless, the program goes first
+    _limit_resources(seconds, memory)
+    if namespaces:
+        _enter_empty_root(folder)
+        _drop_privileges(uid)
+    else:
+        _drop_privileges(uid)
+        _enter_folder(folder)
+
+
+def _refuse_introspection(event: str, arguments: tuple) -> None:
+    """Audit hook that keeps the program from jumping over its tests or searching memory for the secret."""
+    refused = {"sys.settrace", "sys.setprofile", "gc.get_objects", "gc.get_referents", "gc.get_referrers"}
+    if event in refused or event.startswith("ctypes."):
+        raise PermissionError(f"{event} is refused to generated code")
+    if event == "import" and "ctypes" in arguments[0]:
+        raise ImportError(f"{arguments[0]} is refused to generated code")
+
+
+def _execute(program: bytes) -> bytes:
+    """Run the program as the main module and return nothing to add to the secret."""
+    main = type(sys)("__main__")
+    sys.modules["__main__"] = main
+    sys.argv[:] = ["program.py"]
+    exec(compile(program, "<program>", "exec", dont_inherit=True), main.__dict__)
+    return b""
+
+
+def _attempt(program: bytes) -> None:
+    """Run the program; the secret comes in on file descriptor 0, and the outcome goes out on 3."""
+    for name in [name for name in sys.modules if "ctypes" in name]:
+        del sys.modules[name]
+    del globals()["ctypes"]
+    sys.addaudithook(_refuse_introspection)
+    try:
+        # While the program runs, the secret is on the interpreter's stack alone: no name or object leads to it.
+        os.write(3, os.read(0, 16) + _execute(program))
+    except MemoryError:
+        os.write(3, b"out of memory")
+    except BaseException as error:  # SystemExit too: the program did not reach its end
+        os.write(3, f"{type(error).__name__}: {error}"[:400].encode("utf-8", "replace"))
+
+
+def _kill_all(child: int, uid: int, namespaces: bool) -> int:
+    """Kill the program with all that it has started, and return how its first process ended."""
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    while not namespaces:
+        killer = os.fork()
+        if killer == 0:
+            try:
+                os.setresuid(uid, uid, uid)
+                os.kill(-1, signal.SIGKILL)  # all that this user may kill: the program's processes
+            finally:
+                os._exit(0)
+        os.waitpid(killer, 0)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            break  # orphans come to the supervisor, so none is left
+    return status
+
+
+def _describe(message: bytes | None, status: int) -> str:
+    """Say why a program did not pass."""
+    if message is None:
+        return "timed out"
+    if message == b"out of memory":
+        return "out of memory"
+    if message:
+        return "failed: " + message[:1600].decode("utf-8", "replace")
+    if os.WIFSIGNALED(status):
+        return f"failed: killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"failed: exited with status {os.WEXITSTATUS(status)} before its end"
+
+
+def _prepare_supervisor(folder: str, namespaces: bool, uid: int) -> None:
+    """Set up what locking up needs from outside of the process to be locked up."""
+    os.umask(0o022)
+    if namespaces:
+        _enter_namespaces()
+    elif os.geteuid() != 0:
+        sys.exit("only root can become another user")
+    else:
+        os.chown(folder, uid, uid)
+        _call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def _start(program: bytes, folder: str, seconds: float, memory: int, namespaces: bool, uid: int) -> tuple[int, ...]:
+    """Start the process that runs the program; return it, where to send the secret and where the outcome arrives."""
+    null = os.open(os.devnull, os.O_RDWR)
+    secrets, send_secret = os.pipe()
+    outcomes, report = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            _lock_up(folder, seconds, memory, namespaces, uid)
+            for source, target in ((secrets, 0), (null, 1), (null, 2), (report, 3)):
+                os.dup2(source, target)
+            os.closerange(4, 1024)
+            os.write(3, b"locked up")
+            _attempt(program)
+        except (OSError, ValueError) as error:
+            os.write(report, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(1)
+    os.close(secrets)
+    os.close(report)
+    return child, send_secret, outcomes
+
+
+def _supervise(folder: str, seconds: float, memory: int, namespaces: bool) -> None:
+    """Run the program from standard input, and write "passed seconds reason" to standard output."""
+    program, uid = sys.stdin.buffer.read(), _spare_user()
+    _prepare_supervisor(folder, namespaces, uid)
+    child, send_secret, outcomes = _start(program, folder, seconds, memory, namespaces, uid)
+    if (answer := os.read(outcomes, 4096)) != b"locked up":
+        sys.exit(answer.decode("utf-8", "replace"))
+    secret, start = os.urandom(16), time.monotonic()
+    os.write(send_secret, secret)
+    os.close(send_secret)
+    ready = select.select([outcomes], [], [], seconds)[0]
+    message, elapsed = os.read(outcomes, 4096) if ready else None, time.monotonic() - start
+    status = _kill_all(child, uid, namespaces)
+    if not namespaces:  # there the folder is on disk, and only rm copes with a tree of any depth
+        os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--", folder], {}), 0)
+    passed = message == secret
+    reason = "passed" if passed else _describe(message, status)
+    sys.stdout.buffer.write(f"{int(passed)} {elapsed:.3f} {reason}".encode())
+
+
+if __name__ == "__main__":
+    _supervise(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")
