@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ class _Stop(Exception):
 
 def check_config(config: PretrainedConfig) -> None:
     """Refuses, before any weight is read, a model that is quantised already."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
+    for part in (config, config.get_text_config(decoder=True)):
+        quantization = getattr(part, "quantization_config", None)
+        if not quantization:
+            continue
         name = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise ValueError(
             f"{config.name_or_path or 'The model'} is quantised already ({name}); pruning needs plain weights. Load it "
@@ -56,18 +59,20 @@ def check_config(config: PretrainedConfig) -> None:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks: the shallowest `nn.ModuleList` with as many entries as the config has hidden layers."""
+    """The decoder blocks: of the text decoder's `nn.ModuleList`s with as many entries as its config has hidden layers,
+    the shallowest."""
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
+    decoder = set(model.get_decoder().modules())
     found = [
         (name.count("."), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in decoder
     ]
-    if not found or count == 0:
+    if not found or count == 0 or model.config.is_encoder_decoder:
         raise ValueError(
-            f"{type(model).__name__} has no decoder blocks: no nn.ModuleList of {count} entries (num_hidden_layers). "
-            "Only decoder-only language models of transformers can be pruned."
+            f"{type(model).__name__} has no decoder blocks that can be pruned: it is an encoder-decoder, or has no "
+            f"nn.ModuleList of num_hidden_layers = {count} entries. Only decoder-only models of transformers can be pruned."
         )
     _, name, module = min(found, key=lambda entry: entry[:2])
     return name, module
@@ -84,17 +89,22 @@ def prunable(block: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module.weight.ndim == 2 and module.weight.is_floating_point()
+        if isinstance(module, nn.Linear | Conv1D)
+        and isinstance(module.weight, nn.Parameter)  # not where a parametrisation computes it anew at each access
+        and module.weight.ndim == 2
+        and module.weight.is_floating_point()
     }
 
 
 def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
     """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
+    check_config(model.config)
     blocks_name, blocks = find_blocks(model)
+    home = next(model.parameters()).device
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta or parameter.device != home:
             raise ValueError(
-                f"{name} is not in memory (offloaded or on the meta device), and edits of it would be lost. Load the "
+                f"{name} is on {parameter.device}: offloaded, or apart from the rest. Edits of it would be lost; load the "
                 "model on one device, without device_map or offloading."
             )
     for name, module in blocks.named_modules():
@@ -102,8 +112,8 @@ def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d):
                 raise ValueError(
-                    f"{full}.{key} holds fused expert weights of shape {tuple(parameter.shape)}; experts cannot be pruned "
-                    "yet, and pruning the rest alone would leave most of the model dense."
+                    f"{full}.{key} holds several matrices in one tensor of shape {tuple(parameter.shape)}, as fused experts "
+                    "do. They cannot be pruned yet, and pruning the rest alone would leave much of the model dense."
                 )
     pruned = [(f"{blocks_name}.{i}.{n}", module) for i, b in enumerate(blocks) for n, module in prunable(b).items()]
     if not pruned:
@@ -114,6 +124,39 @@ def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
             raise ValueError(f"{full} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
         if not bool(module.weight.isfinite().all()):
             raise ValueError(f"{full}.weight holds NaN or infinity; the checkpoint is damaged.")
+    _check_replay(model)
+
+
+@torch.no_grad()
+def _check_replay(model: PreTrainedModel) -> None:
+    """Raises where blocks that run one by one, with the `Call`s of another text, do not give what the model gives."""
+    model.eval()
+    blocks_name, blocks = find_blocks(model)
+    ids = _short_text(model)
+    _, calls = capture(model, ids, ids.device)
+    arrived: list[Tensor] = []
+    left: list[Any] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        arrived.append(args[0] if args else kwargs["hidden_states"])
+        left.append(_first(output))
+
+    with _hooks([block.register_forward_hook(record, with_kwargs=True) for block in blocks]):
+        model(input_ids=ids.flip(1), use_cache=False)
+    expected = [*arrived[1:], *left[-1:]]
+    for i, block in enumerate(blocks):
+        alone = run(block, arrived[i], calls[i]) if len(arrived) == len(blocks) else None
+        if alone is None or not torch.allclose(alone, expected[i], equal_nan=True):
+            raise ValueError(
+                f"{blocks_name}.{i} cannot run by itself: it needs more than the hidden states of the block before it "
+                "(token embeddings, or keys and values of other blocks), or runs more than once. Such models cannot be "
+                "pruned yet."
+            )
+
+
+def _short_text(model: PreTrainedModel) -> Tensor:
+    embeddings = model.get_input_embeddings()
+    return torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
 
 
 def untouched(model: PreTrainedModel, groups: list[list[InputGroup]]) -> tuple[Untouched, ...]:
@@ -141,13 +184,15 @@ def untouched(model: PreTrainedModel, groups: list[list[InputGroup]]) -> tuple[U
 
 @torch.no_grad()
 def find_groups(model: PreTrainedModel) -> list[list[InputGroup]]:
-    """The input groups of each block, found by one short forward and by the identity of the tensors that arrive."""
+    """The input groups of each block, found by one short forward and by the identity of the tensors that arrive.
+
+    The model is put into eval mode: dropout would split the groups.
+    """
+    model.eval()
     _, blocks = find_blocks(model)
     seen: list[list[tuple[str, nn.Module, Tensor]]] = [[] for _ in blocks]
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    everywhere = model.named_modules(remove_duplicate=False)
+    owners = Counter(id(parameter) for _, module in everywhere for parameter in module.parameters(recurse=False))
     handles = []
 
     def record(i: int, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -157,13 +202,10 @@ def find_groups(model: PreTrainedModel) -> list[list[InputGroup]]:
         for name, module in prunable(block).items():
             if owners[id(module.weight)] == 1:
                 handles.append(module.register_forward_pre_hook(record(i, name)))
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None] % vocabulary
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooks(handles):
+        model(input_ids=_short_text(model), use_cache=False)
+    if not any(seen):
+        raise ValueError(f"All linear layers of {type(model).__name__} are shared; such models cannot be pruned yet.")
     return [_by_input(calls) for calls in seen]
 
 
@@ -197,8 +239,11 @@ def store(block: nn.Module, device: torch.device) -> None:
 
 def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """One forward of a block: hidden states `[samples, length, width]` in, the same out."""
-    output = block(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return _first(block(hidden, *call.args, **call.kwargs))
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import psutil
 import torch
@@ -24,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class Cancelled(Exception):
-    """The caller asked to stop; blocks that were finished stay pruned, the others are as they were."""
+    """The caller asked to stop; modules that were finished stay pruned, the others are as they were."""
 
 
 class Forward(greenlet):
@@ -35,17 +37,17 @@ class Forward(greenlet):
     solved, and then go on with the pruned weights: one forward in all, with the arithmetic of micro-batches.
     """
 
-    def __init__(self, block: nn.Module, hidden: Tensor, call: Call) -> None:
-        super().__init__()
-        self._block, self._hidden, self._call = block, hidden, call
+    gate: nn.Module | None = None
 
-    def run(self) -> Tensor:
-        return blocks.run(self._block, self._hidden, self._call)
+    def drop(self) -> None:
+        if not self.dead:
+            self.throw()
 
 
 def _gate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     current = getcurrent()
     if isinstance(current, Forward):
+        current.gate = module
         current.parent.switch(args[0])
 
 
@@ -93,7 +95,7 @@ def prune_blocks(
     """Prunes `model` in place, block by block, and yields the reports of each block's modules.
 
     Args:
-        model: in memory; on another device than `device`, its blocks are moved there one at a time.
+        model: in memory, put into eval mode; on another device than `device`, its blocks are moved there one at a time.
         calibration: token ids `[samples, length]`, used in their order.
         groups: of `blocks.find_groups`, where the caller has them already.
         on_progress: called with (modules done, modules in all, name of the module).
@@ -102,6 +104,7 @@ def prune_blocks(
     Raises:
         `ValueError` that names the module (and the sample) for a NaN, and for a Hessian that cannot be factored.
     """
+    model.eval()
     name, model_blocks = blocks.find_blocks(model)
     home = next(model_blocks.parameters()).device
     device = device or home
@@ -110,7 +113,8 @@ def prune_blocks(
     ids = torch.from_numpy(calibration.input_ids.copy())
     batches = list(ids.split(step))
     weights = _row_weights(calibration, step, device)
-    calls = {len(batch): blocks.capture(model, batch, device)[1] for batch in (batches[0], batches[-1])}
+    shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
+    calls = {size: blocks.capture(model, batch, device)[1] for size, batch in shapes.items()}
     hidden = [blocks.embed(model, batch, device) for batch in batches]
     resident = settings.resident
     if resident is None:
@@ -163,24 +167,21 @@ class _BlockWalk:
     step: int
     resident: int
     settings: Settings
+    waiting: list[Forward] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.waiting: list[Forward] = []
         self.gates = [group.modules[0].register_forward_pre_hook(_gate) for group in self.groups]
 
     def solve_groups(self, cancelled: Callable[[], bool] | None) -> Iterator[LayerReport]:
-        if self.settings.sequential == "block":
-            hessians = self._hessians_in_one_pass()
-            for group, hessian in zip(self.groups, hessians, strict=True):
-                yield from self._solve(group, hessian)
-            return
-        self.waiting = [self._start(i) for i in range(self.resident)]
+        dense: list[Hessian] = []
         for position, group in enumerate(self.groups):
             if cancelled is not None and cancelled():
                 raise Cancelled(f"Stopped before {self.name}.{group.names[0]}, as asked.")
-            hessian = self._hessian(group)
-            for i in range(len(self.hidden)):
-                self._add(hessian, group, i, self._input(i, position))
+            if self.settings.sequential == "block":
+                dense = dense or self._hessians_of_dense_block()
+                hessian = dense[position]
+            else:
+                hessian = self._hessian_at(position)
             yield from self._solve(group, hessian)
 
     def propagate(self) -> None:
@@ -195,43 +196,66 @@ class _BlockWalk:
         for gate in self.gates:
             gate.remove()
         for forward in self.waiting:
-            if not forward.dead:
-                forward.throw()
+            forward.drop()
 
     def _start(self, i: int) -> Forward:
-        return Forward(self.block, self.hidden[i], self.calls[i])
+        return Forward(partial(blocks.run, self.block, self.hidden[i], self.calls[i]))
 
-    def _input(self, i: int, position: int) -> Tensor:
-        """What micro-batch `i` brings to the gate at `position`; a resident one goes on from the gate before."""
-        if i < len(self.waiting):
-            return self.waiting[i].switch()
+    @contextmanager
+    def _replay(self, i: int) -> Iterator[Forward]:
         forward = self._start(i)
-        for _ in range(position):
-            forward.switch()
+        try:
+            yield forward
+        finally:
+            forward.drop()
+
+    def _next(self, forward: Forward, position: int) -> Tensor:
+        """What `forward` brings to the gate at `position`, which must be the next one on its way."""
         x = forward.switch()
-        forward.throw()
+        group = self.groups[position]
+        if forward.dead or forward.gate is not group.modules[0]:
+            raise ValueError(
+                f"{self.name}.{group.names[0]} is not reached by every sample, or not in the same order. A block whose "
+                "path depends on its input (a mixture of experts) cannot be pruned yet."
+            )
         return x
 
-    def _hessians_in_one_pass(self) -> list[Hessian]:
-        hessians = [self._hessian(group) for group in self.groups]
+    def _hessian_at(self, position: int) -> Hessian:
+        """Of one group, behind the pruned groups before it; a resident micro-batch goes on from the gate before."""
+        if position == 0:
+            self.waiting = [self._start(i) for i in range(self.resident)]
+        hessian = self._hessian(position)
         for i in range(len(self.hidden)):
-            forward = self._start(i)
-            for group, hessian in zip(self.groups, hessians, strict=True):
-                self._add(hessian, group, i, forward.switch())
-            forward.throw()
+            if i < len(self.waiting):
+                self._add(hessian, position, i, self._next(self.waiting[i], position))
+                continue
+            with self._replay(i) as forward:
+                for gate in range(position):
+                    self._next(forward, gate)
+                self._add(hessian, position, i, self._next(forward, position))
+        return hessian
+
+    def _hessians_of_dense_block(self) -> list[Hessian]:
+        hessians = [self._hessian(position) for position in range(len(self.groups))]
+        for i in range(len(self.hidden)):
+            with self._replay(i) as forward:
+                for position, hessian in enumerate(hessians):
+                    self._add(hessian, position, i, self._next(forward, position))
         return hessians
 
-    def _hessian(self, group: InputGroup) -> Hessian:
-        return Hessian(group.columns, self.hidden[0].device)
+    def _hessian(self, position: int) -> Hessian:
+        return Hessian(self.groups[position].columns, self.hidden[0].device)
 
-    def _add(self, hessian: Hessian, group: InputGroup, i: int, x: Tensor) -> None:
+    def _add(self, hessian: Hessian, position: int, i: int, x: Tensor) -> None:
         hessian.add(x, self.weights[i])
         if not hessian.finite:
-            rows = x.reshape(len(self.hidden[i]), -1).isfinite().all(dim=1)
-            sample = i * self.step + int((~rows).nonzero()[0]) if not bool(rows.all()) else i * self.step
+            largest = x.reshape(len(self.hidden[i]), -1).abs().amax(dim=1)  # NaN where a sample holds one
+            bad = (~largest.isfinite()).nonzero().flatten()
+            sample = i * self.step + int(bad[0] if len(bad) else largest.argmax())
             raise ValueError(
-                f"{self.name}.{group.names[0]} receives NaN or infinity from calibration sample {sample}. "
-                "The model overflows on it in this dtype; try dtype='bfloat16' or 'float32', or leave the sample out."
+                f"{self.name}.{self.groups[position].names[0]} receives NaN, infinity or values whose squares overflow "
+                f"from calibration sample {sample}. The model overflows on it in this dtype; try dtype='bfloat16' or "
+                "'float32', or leave the sample out."
             )
 
     def _solve(self, group: InputGroup, hessian: Hessian) -> Iterator[LayerReport]:
