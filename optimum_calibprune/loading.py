@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,16 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
     except OSError as error:
         raise OSError(_why_not_loaded(name, error)) from error
-    base = _describe(name, model, config, token=token, local=Path(path).exists())
+    local = Path(path).exists()
+    licence, language = _card(name, token, local)
+    base = BaseModel(
+        name=_original_name(name) if local else name,
+        revision=None if local else _commit(name, revision, cache_dir),
+        licence=licence,
+        language=language,
+        architecture=type(model).__name__,
+        parameters=model.num_parameters(),
+    )
     return model.to(place), tokenizer, base
 
 
@@ -92,22 +102,16 @@ def _why_not_loaded(name: str, error: OSError) -> str:
     )
 
 
-def _describe(name: str, model: PreTrainedModel, config: Any, *, token: str | None, local: bool) -> BaseModel:
-    licence, language = _card(name, token, local)
-    return BaseModel(
-        name=_original_name(name) if local else name,
-        revision=getattr(config, "_commit_hash", None),
-        licence=licence,
-        language=language,
-        architecture=type(model).__name__,
-        parameters=model.num_parameters(),
-    )
+def _commit(name: str, revision: str | None, cache_dir: str | Path | None) -> str | None:
+    """The commit that was loaded: the cache keeps each file in a folder of that name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _original_name(name: str) -> str:
     """Of a saved run, the model that was pruned; else the folder's name without the folders of this machine."""
-    import json
-
     record = Path(name) / "calibprune.json"
     if record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))["base"]["name"]

@@ -66,17 +66,19 @@ def _memory(
 ) -> dict[str, int]:
     assert config.samples and config.length and config.micro_batch
     size = torch.finfo(model.dtype).bits // 8
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = model.config.get_text_config(decoder=True).hidden_size
     waiting = max(
         sum(g.columns + sum(blocks.weight_of(m).shape[0] for m in g.modules) for g in block) for block in groups
     )
-    columns = max(group.columns for block in groups for group in block)
+    squares = 3 * max(group.columns for block in groups for group in block) ** 2
+    if config.sequential == "block":  # which holds all Hessians of a block at once
+        squares += max(sum(group.columns**2 for group in block) for block in groups)
     place = model.device.type
     return {
         f"model on {place}": sum(p.numel() * p.element_size() for p in model.parameters()),
         f"hidden states on {place}": config.samples * config.length * hidden * size,
         f"waiting micro-batches on {place}": resident * config.micro_batch * config.length * waiting * size,
-        f"Hessian and factor on {place}": 3 * columns * columns * 4,
+        f"Hessians and factor on {place}": 4 * squares,
     }
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from .capabilities.tasks import Task, pocket_tasks
 from .loading import load_model
 from .planning import make_plan
 from .pruning import blocks, schedule
-from .publishing import hub
+from .publishing import hub, reproduce
 from .records import (
     CAPABILITIES,
     BaseModel,
@@ -191,7 +190,8 @@ class CalibPruner:
 
     def plan(self) -> Plan:
         """What `prune()` will do: modules, matrices left alone, memory by place, replays, estimated seconds."""
-        return make_plan(self.model, self.config, self._groups, sorted(self._quotas), self._capability_names())
+        config = reproduce.public_config(self.config, self.base)
+        return make_plan(self.model, config, self._groups, sorted(self._quotas), self._capability_names())
 
     def _capability_names(self) -> tuple[str, ...]:
         return tuple(name for name in CAPABILITIES if name in {task.capability for task in self._tasks})
@@ -212,33 +212,34 @@ class CalibPruner:
         """
         if self._pruned:
             raise ValueError("This model is pruned already; load it again for another run.")
-        self._pruned = True
         seconds: dict[str, float] = {}
         plan = self.plan()
-        with _timed(seconds, "measure dense"):
-            dense = self._measure("dense", on_progress) if dense_scores is None else dense_scores
+        with _timed(seconds, "calibrate"):  # first, since text that cannot be had is the likeliest failure
             windows, report = self._perplexity_windows()
-            before = self._perplexity(windows, on_progress)
-        with _timed(seconds, "calibrate"):
             self.calibration, mix, profiles, used = self.choose_calibration(on_progress)
+        with _timed(seconds, "measure dense"):
+            dense = self._measure("measure dense", on_progress) if dense_scores is None else dense_scores
+            before = self._perplexity(windows, on_progress)
         with _timed(seconds, "prune"):
+            self._pruned = True
             prune = self._prune(self.calibration, plan, on_progress, cancelled)
         with _timed(seconds, "measure sparse"):
-            sparse = self._measure("sparse", on_progress)
+            sparse = self._measure("measure sparse", on_progress)
             after = self._perplexity(windows, on_progress)
+        self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=self._command(),
-            config=replace(self.config, model=self.base.name, sources=tuple(_shown(s) for s in self.config.sources)),
+            command=reproduce.command(self.config, self.base),
+            config=reproduce.public_config(self.config, self.base),
             base=self.base,
             plan=plan,
-            sources=tuple(_public(source) for source in used),
+            sources=tuple(reproduce.public_source(source) for source in used),
             profiles=profiles,
             mix=mix,
             rows=self.calibration.rows,
             fingerprint=self.calibration.fingerprint,
             prune=prune,
-            capabilities=self._report(dense, sparse),
+            capabilities=capability_report(dense, sparse),
             perplexity=replace(report, dense=before, sparse=after) if report is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self.model.device),
@@ -313,12 +314,8 @@ class CalibPruner:
         )
 
     def evaluate(self, *, on_progress: Progress | None = None) -> Scores:
-        """Scores of the model as it is now, for the capabilities of the config; those without a suite are named."""
-        return (
-            measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, "evaluate"))
-            if (self._tasks)
-            else Scores((), self._not_measured())
-        )
+        """Scores of the model as it is now; capabilities that cannot be measured here are named with the reason."""
+        return self._measure("evaluate", on_progress)
 
     def perplexity(self, *, on_progress: Progress | None = None) -> PerplexityReport | None:
         """Perplexity of the model as it is now; None where no text is set (the pocket), with a reason where it fails."""
@@ -329,17 +326,10 @@ class CalibPruner:
         reason = "not asked for" if self.config.capabilities == ("none",) else NO_SUITE
         return dict.fromkeys(CAPABILITIES, reason)
 
-    def _measure(self, name: str, on_progress: Progress | None) -> Scores | None:
+    def _measure(self, stage: str, on_progress: Progress | None) -> Scores:
         if not self._tasks:
-            return None
-        self.scores[name] = measure(
-            self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, f"evaluate {name}")
-        )
-        return self.scores[name]
-
-    def _report(self, dense: Scores | None, sparse: Scores | None) -> Any:
-        empty = Scores((), self._not_measured())
-        return capability_report(dense or empty, sparse or empty)
+            return Scores((), self._not_measured())
+        return measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
 
     def _perplexity_windows(self) -> tuple[Any, PerplexityReport | None]:
         """The windows of the text, and the report to fill in; where the text cannot be had, the report says why."""
@@ -352,7 +342,9 @@ class CalibPruner:
         length = min(length, context)
         try:
             windows = perplexities.text_windows(self.tokenizer, perplexities.read_text(source, self.token), length)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
+            if source.path is not None:  # the user named this text
+                raise
             return None, PerplexityReport(source.name, length, reason=str(error))
         return windows, PerplexityReport(source.name, length, tokens=int(windows.size))
 
@@ -360,19 +352,6 @@ class CalibPruner:
         if windows is None:
             return None
         return perplexities.perplexity(self.model, windows, _stage(on_progress, "perplexity"))
-
-    def _command(self) -> str:
-        config, default = self.config, CalibPruneConfig(self.base.name)
-        words = ["optimum-cli", "calibprune", "prune", self.base.name]
-        for name in ("sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping", "seed"):
-            value = getattr(config, name)
-            if name in ("sparsity", "mix", "seed") or value != getattr(default, name):
-                words += [f"--{name.replace('_', '-')}", str(value)]
-        if self.base.revision:
-            words += ["--revision", self.base.revision]
-        if config.sources:
-            words += ["--sources", *map(_shown, config.sources)]
-        return " ".join(shlex.quote(word) for word in words) + " --output DIR"
 
     # --------------------------------------------------------------------------------------- publishing
 
@@ -470,17 +449,3 @@ def _recount(model: PreTrainedModel, layers: Sequence[LayerReport]) -> tuple[Lay
         replace(layer, zeros_found=int((blocks.weight_of(model.get_submodule(layer.module)) == 0).sum()))
         for layer in layers
     )
-
-
-def _public(source: CalibrationSource) -> CalibrationSource:
-    """Without the folders of this machine: what is saved may be published."""
-    return replace(source, path=Path(source.path).name) if source.path else source
-
-
-def _shown(given: str) -> str:
-    """A source as the user named it, without the folders of this machine."""
-    name, equals, rest = given.partition("=")
-    if equals:
-        path, _, capability = rest.rpartition(":")
-        return f"{name}={Path(path).name}:{capability}"
-    return Path(given).name if "/" in given else given

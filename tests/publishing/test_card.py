@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card is a pure function of the RunRecord: the whole text is compared with a golden file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from optimum_calibprune.publishing.card import render, retention_table
+from optimum_calibprune.records import CapabilityReport, CapabilityRetention, RunRecord
+from tests.publishing.run_record import example
+
+
+GOLDEN = Path(__file__).parent / "golden_card.md"
+
+
+@pytest.fixture
+def run() -> RunRecord:
+    return example()
+
+
+def test_the_record_survives_json(run: RunRecord) -> None:
+    assert RunRecord.from_json(run.to_json()) == run
+
+
+def test_the_whole_card_is_as_it_was_approved(run: RunRecord) -> None:
+    """After a change that is meant, write `render(example(), "me/tiny-60")` to golden_card.md and read the difference."""
+    assert render(run, "me/tiny-60") == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_metadata_is_valid_and_claims_nothing_of_the_base(run: RunRecord) -> None:
+    data = ModelCard(render(run)).data
+    assert data.base_model == "someone/tiny"
+    assert data.license == "mit"
+    assert data.datasets == ["allenai/c4"]
+    assert {"calibprune", "sparse"} <= set(data.tags)
+    assert {r.dataset_name: r.metric_value for r in data.eval_results} == {
+        "general (400 items)": 0.6,
+        "code (2 items)": 0.1,
+    }
+
+
+def test_a_section_without_data_does_not_appear(run: RunRecord) -> None:
+    bare = replace(run, capabilities=None, perplexity=None)
+    text = render(bare)
+    assert "What was kept" not in text
+    assert "## Perplexity" not in text
+    assert "None" not in text
+    assert "\n\n\n\n" not in text
+
+
+def test_a_local_base_model_is_no_hub_link(run: RunRecord) -> None:
+    text = render(replace(run, base=replace(run.base, name="my-model", revision=None)))
+    assert "base_model" not in text
+    assert "https://huggingface.co/my-model" not in text
+
+
+def test_undefined_retention_says_so(run: RunRecord) -> None:
+    at_chance = CapabilityRetention("math", 4, 0.25, 0.25, 0.25, None, None, None)
+    report = CapabilityReport((at_chance,), None, None, None, {"code": "nobody asked"})
+    text = render(replace(run, capabilities=report))
+    assert "undefined: dense is at chance" in text
+    assert "- code: not measured (nobody asked)" in text
+    assert ["math", "25.0 %", "25.0 %", "undefined: dense is at chance", ""] in retention_table(
+        replace(run, capabilities=report)
+    )
+
+
+def test_every_python_line_compiles(run: RunRecord) -> None:
+    text = render(run, "me/tiny-60")
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert '"me/tiny-60"' in code

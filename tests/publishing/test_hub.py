@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Push and pull over real HTTP with the real client, against a Hub on the loopback interface."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from optimum_calibprune import CalibPruner, RunRecord
+from tests.hub_server import HubServer
+
+
+CLI = str(Path(sys.executable).parent / "optimum-cli")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pruner = CalibPruner.from_pretrained("pocket", samples=8, length=64, capabilities="none")
+    pruner.prune()
+    target = tmp_path_factory.mktemp("runs") / "run"
+    pruner.save_pretrained(target)
+    return target
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+def python(code: str, hub: HubServer, home: Path) -> subprocess.CompletedProcess[str]:
+    """Runs code where the Hub is the loopback server; its address is read when the client is imported."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment(home), timeout=300
+    )
+
+
+PRUNE_AND_PUSH = """
+from optimum_calibprune import CalibPruner
+pruner = CalibPruner.from_pretrained("pocket", samples=8, length=64, capabilities="none")
+pruner.prune()
+print(pruner.push_to_hub("me/pocket-50", private=True, commit_message="first").commit_url)
+"""
+PULL = """
+import torch
+from transformers import AutoModelForCausalLM
+from optimum_calibprune import CalibPruner
+a = AutoModelForCausalLM.from_pretrained("me/pocket-50")
+b = AutoModelForCausalLM.from_pretrained({folder!r})
+ids = torch.arange(64)[None]
+assert torch.equal(a(input_ids=ids).logits, b(input_ids=ids).logits)
+again = CalibPruner.from_pretrained("me/pocket-50", samples=4, length=64, capabilities="none",
+                                    sources={{"x:math": ["one two three four five six " * 200]}})
+assert again.base.revision and again.base.name == "me/pocket-50" and again.base.licence == "apache-2.0", again.base
+record = again.prune()
+assert "base_model: me/pocket-50" in __import__("optimum_calibprune.publishing.card").publishing.card.render(record)
+"""
+
+
+def test_push_in_one_commit_then_pull_with_equal_logits(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    pushed = python(PRUNE_AND_PUSH, hub, tmp_path / "a")
+    assert pushed.returncode == 0, pushed.stderr
+    assert hub.repos["model", "me/pocket-50"].private
+    commits = [c for c in hub.commits("me/pocket-50") if c.title == "first"]
+    assert len(commits) == 1
+    files = hub.files("me/pocket-50")
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "calibprune.json",
+        "calibration.safetensors",
+    }
+    assert expected <= set(files)
+    assert b'from_pretrained("me/pocket-50")' in files["README.md"]
+    RunRecord.from_json(files["calibprune.json"].decode())
+    assert "hf_fake" not in pushed.stdout + pushed.stderr
+    assert not any(b"hf_fake" in content for content in files.values())
+    pulled = python(PULL.format(folder=str(folder)), hub, tmp_path / "b")
+    assert pulled.returncode == 0, pulled.stderr
+
+
+PUSH_FOLDER = """
+from optimum_calibprune.publishing.hub import push_folder
+print(push_folder({folder!r}, "me/run", {options}).pr_url)
+"""
+
+
+def test_a_branch_and_a_pull_request_leave_main_alone(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    branch = python(PUSH_FOLDER.format(folder=str(folder), options="revision='half'"), hub, tmp_path)
+    assert branch.returncode == 0, branch.stderr
+    request = python(PUSH_FOLDER.format(folder=str(folder), options="create_pr=True"), hub, tmp_path)
+    assert request.returncode == 0, request.stderr
+    assert "/discussions/" in request.stdout
+    assert "model.safetensors" in hub.files("me/run", "half")
+    assert "model.safetensors" in hub.files("me/run", "refs/pr/1")
+    assert "model.safetensors" not in hub.files("me/run")
+
+
+def test_a_failed_push_keeps_the_result_and_names_the_command_that_finishes(hub: HubServer, tmp_path: Path) -> None:
+    hub.fail_next("POST", "/api/repos/create", 403)
+    options = ["--samples", "8", "--length", "64", "--capabilities", "none", "--push-to-hub", "me/run"]
+    done = subprocess.run(
+        [CLI, "calibprune", "prune", "pocket", *options, "--output", "out"],
+        capture_output=True,
+        text=True,
+        env=hub.environment(tmp_path / "home"),
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert "hf upload me/run out" in done.stderr
+    assert "hf_fake" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+GATED = """
+from optimum_calibprune import CalibPruner
+try:
+    CalibPruner.from_pretrained("big/gated", token=False)
+except OSError as error:
+    print(error)
+try:
+    CalibPruner.from_pretrained("big/missing")
+except OSError as error:
+    print(error)
+"""
+
+
+def test_gated_and_missing_models_are_told_apart(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("big/gated", {"config.json": b"{}"}, gated=True)
+    done = python(GATED, hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    gated, missing = done.stdout.strip().splitlines()
+    assert "big/gated is gated. Accept its terms" in gated
+    assert "'big/missing' cannot be loaded" in missing

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, run as a user runs it: what it prints, what it leaves behind, how it exits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from optimum_calibprune import RunRecord
+from optimum_calibprune.records import Mix
+
+
+CLI = str(Path(sys.executable).parent / "optimum-cli")
+SMALL = ["--samples", "8", "--length", "64"]
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([CLI, "calibprune", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_prune_prints_plan_and_retention_and_saves(tmp_path: Path) -> None:
+    done = run("prune", "pocket", "--sparsity", "2:4", "--capabilities", "general", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan, _, result = done.stdout.partition("\n\n")
+    assert "Prune pocket to 2:4 with sparsegpt, calibrated on 64 x 256 tokens" in plan
+    assert "42 linear layers in 6 blocks" in plan
+    assert "general (worst)" in result
+    assert "Saved to out (50.00% zeros)" in result
+    record = RunRecord.from_json((tmp_path / "out" / "calibprune.json").read_text())
+    assert f"{100 * record.capabilities.total:.1f} %" in result
+    assert record.command.startswith("optimum-cli calibprune prune pocket --sparsity 2:4 --mix uniform")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_recorded_command_does_it_again_and_json_goes_to_stdout_alone(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("\n\n".join(f"{i} plus {i} is {2 * i}." for i in range(400)))
+    options = ["--sources", f"notes={notes}:math", "gsm8k", "--capabilities", "none", "--seed", "3", *SMALL, "--json"]
+    first = run("prune", "pocket", *options, "--output", "a", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    record = RunRecord.from_json(first.stdout)
+    assert "Prune pocket" in first.stderr
+    assert str(tmp_path) not in first.stdout
+    words = record.command.replace("--output DIR", "--output b").split()
+    again = subprocess.run([CLI, *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pocket", "--mix", "unifrom", "--output", "out"], "Unknown mix 'unifrom'. Did you mean 'uniform'?"),
+        (["pocket", "--sparsity", "1.2", "--output", "out"], "Sparsity must lie between 0 and 1"),
+        (["pocket", "--output", "taken"], "taken is not empty"),
+        (["pocket"], "the following arguments are required: --output"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_one_sentence(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    done = run("prune", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["taken", "taken/file"]
+
+
+def test_a_run_that_fails_exits_with_1_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "tiny.jsonl").write_text('{"text": "1 + 1 = 2"}\n')
+    done = run("prune", "pocket", "--sources", "tiny=tiny.jsonl:math", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "'tiny' is too short" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.jsonl"]
+
+
+def test_an_interrupt_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("mine")
+    process = subprocess.Popen(
+        [CLI, "calibprune", "prune", "pocket", "--output", "out", "--overwrite"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # the plan is printed: the run has begun
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.strip().endswith("Interrupted; nothing was left behind.")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["out", "out/old"]
+
+
+def test_sources_lists_the_table_with_two_for_each_capability(tmp_path: Path) -> None:
+    done = run("sources", cwd=tmp_path)
+    assert done.returncode == 0
+    on_hub = [line.split()[1] for line in done.stdout.splitlines() if "see the data set's card" in line]
+    assert all(on_hub.count(capability) >= 2 for capability in ("general", "commonsense", "code", "math"))
+    assert "upper bound" in done.stdout
+
+
+def test_mix_shows_and_writes_a_calibration_set(tmp_path: Path) -> None:
+    done = run("mix", "pocket", "--mix", "igsp", *SMALL, "--output", "set", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "J = " in done.stdout
+    mix = Mix.from_json((tmp_path / "set" / "mix.json").read_text())
+    assert sum(mix.quotas.values()) == 8
+    assert (tmp_path / "set" / "calibration.safetensors").stat().st_size > 8 * 64 * 8
+
+
+def test_evaluate_measures_the_dense_pocket(tmp_path: Path) -> None:
+    done = run("evaluate", "pocket", "--capabilities", "general,math", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = {t["task"]: t["item_scores"] for t in json.loads(done.stdout)["tasks"]}
+    assert sum(scores["pocket_general"]) / 400 > 0.98
+    assert sum(scores["pocket_math"]) / 400 > 0.88

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house keeps its rules: who may import whom, what is imported when, what stands in every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "optimum_calibprune"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Data flows one way: each room may import the rooms named here, and itself.
+MAY_IMPORT = {
+    "records": set(),
+    "pocket": {"records"},
+    "calibration": {"records"},
+    "pruning": {"records"},
+    "capabilities": {"records", "pocket", "calibration"},
+    "publishing": {"records"},
+    "machine": set(),
+    "loading": {"records", "pocket", "pruning"},
+    "planning": {"records", "pruning"},
+    "pruner": {
+        "records",
+        "pocket",
+        "calibration",
+        "pruning",
+        "capabilities",
+        "publishing",
+        "machine",
+        "loading",
+        "planning",
+    },
+    "cli": {"records", "pruner", "pocket", "calibration", "publishing"},
+    "__init__": {"pruner", "records"},
+    "_optimum_register": {"cli"},
+}
+HOMES = {  # each heavy library has one home
+    "datasets": {"calibration/sources.py", "capabilities/tasks.py"},
+    "lm_eval": {"capabilities/score.py"},
+    "greenlet": {"pruning/schedule.py"},
+    "triton": set(),
+    "gradio": set(),
+}
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imported(path: Path) -> set[str]:
+    """Absolute names of everything that a file imports, wherever the import stands."""
+    package = ["optimum_calibprune", *path.relative_to(PACKAGE).parts[:-1]]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_import_only_the_rooms_before_them(path: Path) -> None:
+    room = _room(path)
+    rooms = {name.split(".")[1] for name in _imported(path) if name.startswith("optimum_calibprune.")}
+    assert rooms - {"__version__", room} <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_heavy_libraries_have_one_home(library: str) -> None:
+    users = {p.relative_to(PACKAGE).as_posix() for p in FILES if library in {n.split(".")[0] for n in _imported(p)}}
+    assert users == HOMES[library]
+
+
+def test_every_source_file_names_its_licence() -> None:
+    tracked = [
+        p
+        for folder in ("optimum_calibprune", "tests", "benchmarks", "examples")
+        for p in (ROOT / folder).rglob("*.py")
+    ]
+    assert tracked
+    assert [p for p in tracked if not p.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")] == []
+
+
+def _modules_after(code: str) -> set[str]:
+    shown = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('\\n'.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.split(".")[0] for name in shown.stdout.splitlines()}
+
+
+HEAVY = {"torch", "transformers", "datasets", "numpy", "lm_eval", "huggingface_hub"}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import optimum_calibprune as o; o.CalibPruneConfig('pocket'); o.SparsityPattern"
+    assert not _modules_after(code) & HEAVY
+
+
+def test_the_command_line_imports_nothing_heavy_before_it_runs() -> None:
+    assert not _modules_after("import optimum_calibprune.cli") & HEAVY
+
+
+def test_public_names_are_there() -> None:
+    import optimum_calibprune
+
+    for name in optimum_calibprune.__all__:
+        assert getattr(optimum_calibprune, name).__module__.startswith("optimum_calibprune.")
+    with pytest.raises(AttributeError, match="has no attribute 'CalibPrunner'"):
+        _ = optimum_calibprune.CalibPrunner

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CalibPruner on the pocket model: what is saved is what was pruned, and bad input is refused early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
+from optimum_calibprune.records import Scores
+
+
+SMALL = {"samples": 16, "capabilities": "none"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CalibPruner, Path]]:
+    pruner = CalibPruner.from_pretrained("pocket", sparsity="50%", mix="igsp", capabilities="general,math")
+    pruner.prune()
+    folder = tmp_path_factory.mktemp("runs") / "pocket-50"
+    pruner.save_pretrained(folder)
+    yield pruner, folder
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(64).view(2, 32)).logits
+
+
+def test_plain_transformers_loads_the_checkpoint_with_equal_logits(saved: tuple[CalibPruner, Path]) -> None:
+    pruner, folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(_logits(loaded), _logits(pruner.model))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("def f(x):")["input_ids"] == pruner.tokenizer("def f(x):")["input_ids"]
+
+
+def test_the_config_of_the_base_is_unchanged(saved: tuple[CalibPruner, Path]) -> None:
+    base, pruned = (AutoConfig.from_pretrained(p).to_dict() for p in (pocket.MODEL, saved[1]))
+    for config in (base, pruned):
+        config.pop("_name_or_path", None)
+    assert pruned == base
+    assert "sparsity" not in (saved[1] / "config.json").read_text()
+
+
+def test_every_listed_module_has_the_zeros_that_were_asked_and_nothing_else_changed(
+    saved: tuple[CalibPruner, Path],
+) -> None:
+    pruner, folder = saved
+    before, after = load_file(pocket.MODEL / "model.safetensors"), load_file(folder / "model.safetensors")
+    record = pruner.record
+    assert record is not None
+    assert len(record.prune.layers) == 42
+    for layer in record.prune.layers:
+        weight = after.pop(f"{layer.module}.weight")
+        before.pop(f"{layer.module}.weight")
+        assert int((weight == 0).sum()) == layer.zeros_found == layer.zeros_asked == weight.numel() // 2
+        assert not bool(torch.signbit(weight[weight == 0]).any()), "minus zero"
+        assert layer.rescue == ""
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_run_folder_holds_the_record_the_ids_and_every_item(saved: tuple[CalibPruner, Path]) -> None:
+    pruner, folder = saved
+    assert RunRecord.from_json((folder / "calibprune.json").read_text()) == pruner.record
+    ids = load_file(folder / "calibration.safetensors")["input_ids"]
+    assert ids.dtype == torch.int64
+    assert ids.shape == (64, 256)
+    assert np.array_equal(ids.numpy(), pruner.calibration.input_ids)
+    for name in ("dense", "sparse"):
+        scores = Scores.from_json((folder / "scores" / f"{name}.json").read_text())
+        assert {t.task: len(t.item_scores) for t in scores.tasks} == {"pocket_general": 400, "pocket_math": 400}
+        assert scores == pruner.scores[name]
+    assert str(folder.parent) not in (folder / "calibprune.json").read_text()
+
+
+def test_the_card_reports_the_measured_retention(saved: tuple[CalibPruner, Path]) -> None:
+    pruner, folder = saved
+    card = (folder / "README.md").read_text()
+    report = pruner.record.capabilities
+    assert [c.capability for c in report.capabilities] == ["general", "math"]
+    for entry in report.capabilities:
+        assert f"{100 * entry.retention:.1f} %" in card
+        assert 0.0 <= entry.retention < 1.0
+    assert f"{100 * report.total:.1f} %" in card
+    assert "total** (general, math)" in card
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    files = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pruner = CalibPruner.from_pretrained("pocket", mix="uniform", seed=seed, **SMALL)
+        pruner.prune()
+        pruner.save_pretrained(tmp_path / name)
+        files[name] = [(tmp_path / name / f).read_bytes() for f in ("model.safetensors", "calibration.safetensors")]
+    assert files["a"] == files["b"]
+    assert files["a"][0] != files["c"][0]
+    assert files["a"][1] != files["c"][1]
+
+
+def test_igsp_keeps_its_quotas_and_its_trace(saved: tuple[CalibPruner, Path]) -> None:
+    mix = saved[0].record.mix
+    groups = [row.group for row in saved[0].record.rows]
+    assert {g: groups.count(g) for g in set(groups)} == {"general": 16, "commonsense": 16, "code": 16, "math": 16}
+    assert len(mix.trace) == 64
+    assert mix.objective == mix.trace[-1]
+    assert mix.objective == pytest.approx(mix.parts["aggregation"] + mix.parts["lambda"] * mix.parts["imbalance"])
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_other_methods_run_through(method: str) -> None:
+    pruner = CalibPruner.from_pretrained("pocket", sparsity="2:4", method=method, **SMALL)
+    record = pruner.prune()
+    assert record.prune.zeros == record.prune.weights // 2
+    assert record.prune.method == method
+
+
+def test_n_m_holds_in_every_row() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", sparsity="2:4", **SMALL)
+    pruner.prune()
+    weight = pruner.model.model.layers[3].mlp.down_proj.weight
+    assert bool(((weight.view(192, -1, 4) == 0).sum(dim=2) == 2).all())
+
+
+def test_sources_may_be_in_memory() -> None:
+    text = ["The quick brown fox jumps over the lazy dog. " * 40] * 40
+    ids = np.arange(64 * 64).reshape(64, 64) % 2048
+    pruner = CalibPruner.from_pretrained(
+        "pocket", sources={"notes:general": text, "numbers:math": ids}, length=64, samples=8, capabilities="none"
+    )
+    record = pruner.prune()
+    assert record.mix.shares == {"notes": 0.5, "numbers": 0.5}
+    assert [s.name for s in record.sources] == ["notes", "numbers"]
+    assert RunRecord.from_json(record.to_json()) == record
+
+
+def test_a_model_of_ones_own_can_be_pruned_and_says_what_was_not_measured() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=2048,
+        max_position_embeddings=64,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    source = pocket.sources()["gsm8k"]
+    pruner = CalibPruner(
+        LlamaForCausalLM(config), tokenizer, CalibPruneConfig("mine", samples=8, mix="single:gsm8k"), sources=[source]
+    )
+    assert pruner.config.length == 64, "the length is no longer than the context"
+    record = pruner.prune()
+    assert set(record.capabilities.not_measured) == {"general", "commonsense", "code", "math"}
+    assert record.perplexity.dense is None
+    assert "HF_HUB_OFFLINE" in record.perplexity.reason
+
+
+def test_perplexity_is_measured_on_a_local_text(tmp_path: Path) -> None:
+    text = tmp_path / "held_out.txt"
+    lines = Path(str(pocket.sources()["gsm8k"].path)).read_text().splitlines()
+    text.write_text("\n\n".join(json.loads(line)["text"] for line in lines)[:60_000])
+    pruner = CalibPruner.from_pretrained("pocket", perplexity_text=text, **SMALL)
+    record = pruner.prune()
+    assert 5 < record.perplexity.dense < record.perplexity.sparse < 50
+    assert record.perplexity.text == "held_out"
+
+
+def test_the_plan_tells_what_will_happen() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", sparsity="60%")
+    plan = pruner.plan()
+    assert (plan.blocks, plan.modules, plan.weights) == (6, 42, 2_654_208)
+    assert [(e.name, e.reason) for e in plan.untouched] == [
+        ("model.embed_tokens.weight", "embeddings, which are never pruned")
+    ]
+    assert plan.replays == 0
+    assert 0 < plan.seconds < 600
+    assert all(size > 0 for size in plan.memory.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": ["gsm9k"]}, "Unknown source 'gsm9k'. Did you mean 'gsm8k'"),
+        ({"sources": ["no/such/file.jsonl"]}, "no file or folder"),
+        ({"mix": "single:piqua"}, "Unknown source of the mix 'piqua'. Did you mean 'piqa'"),
+        ({"mix": "igps"}, "Unknown mix 'igps'. Did you mean 'igsp'"),
+        ({"sparsity": "100%"}, "between 0 and 1"),
+        ({"sparsity": "3:5"}, r"model.layers.0.self_attn.q_proj has 192 columns, which m = 5"),
+        ({"capabilities": "coding"}, "Unknown capability 'coding'"),
+        ({"length": 4096}, "exceeds the model's context of 1024"),
+        ({"dtype": "int8"}, "Unknown dtype"),
+        ({"device": "gpu0"}, "Unknown device"),
+        ({"perplexity_text": "none.txt"}, "no file 'none.txt'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(options: dict, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        CalibPruner.from_pretrained("pocket", **options)
+
+
+def test_too_little_text_says_how_much_there_was() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", sources={"tiny:math": ["1 + 1 = 2"]}, capabilities="none")
+    with pytest.raises(
+        ValueError, match=r"too short: 64 samples of 256 tokens .* its 1 documents give 0 \(\d+ tokens\)"
+    ):
+        pruner.prune()
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    pruner = CalibPruner.from_pretrained(
+        "pocket", sources={"ids:math": np.full((16, 64), 2048)}, length=64, samples=4, capabilities="none"
+    )
+    with pytest.raises(ValueError, match="token id 2048; the model's vocabulary has ids 0 to 2047"):
+        pruner.prune()
+
+
+def test_a_failure_before_pruning_leaves_the_model_usable() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", sources={"tiny:math": ["1 + 1 = 2"]}, capabilities="none")
+    with pytest.raises(ValueError, match="too short"):
+        pruner.prune()
+    assert pruner.evaluate().not_measured
+    with pytest.raises(ValueError, match=r"call prune\(\) first"):
+        pruner.save_pretrained("nowhere")
+    assert not Path("nowhere").exists()
+
+
+def test_a_model_is_pruned_once() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", **SMALL)
+    pruner.prune()
+    with pytest.raises(ValueError, match="pruned already"):
+        pruner.prune()
+
+
+def test_an_unknown_model_is_named_with_a_way_out() -> None:
+    with pytest.raises(OSError, match=r"HF_HUB_OFFLINE is set\. Did you mean 'pocket'"):
+        CalibPruner.from_pretrained("pockte")
+
+
+def test_a_quantised_base_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    config = json.loads((pocket.MODEL / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantised already \(fp8\).*dequantize=True"):
+        CalibPruner.from_pretrained(str(tmp_path))

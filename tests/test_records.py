@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records: validated when made, frozen, and the same after a round trip through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from optimum_calibprune.records import (
+    CalibPruneConfig,
+    CalibrationRow,
+    CalibrationSet,
+    CalibrationSource,
+    CapabilityReport,
+    CapabilityRetention,
+    MixRule,
+    Scores,
+    SparsityPattern,
+    TaskScore,
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "fraction", "shown"),
+    [
+        ("60%", 0.6, "60%"),
+        (0.6, 0.6, "60%"),
+        ("0.6", 0.6, "60%"),
+        ("33.3%", 0.333, "33.3%"),
+        ("2:4", 0.5, "2:4"),
+        ("4:8", 0.5, "4:8"),
+        ("1:4", 0.75, "1:4"),
+        (SparsityPattern(0.5), 0.5, "50%"),
+    ],
+)
+def test_a_pattern_is_parsed_and_shown(given: str | float, fraction: float, shown: str) -> None:
+    pattern = SparsityPattern.parse(given)
+    assert pattern.fraction == pytest.approx(fraction, abs=1e-15)
+    assert str(pattern) == shown
+    assert SparsityPattern.parse(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    "given", ["0%", "100%", 0, 1, 1.5, -0.1, "4:4", "5:4", "0:4", "1:256", "a", "", "2:4:8", "nan", None]
+)
+def test_a_bad_pattern_is_refused_in_one_sentence(given: str | float | None) -> None:
+    with pytest.raises(ValueError, match=r"Sparsity must|n:m pattern needs|Unknown sparsity"):
+        SparsityPattern.parse(given)
+
+
+@pytest.mark.parametrize("given", ["single:c4", "uniform", "weighted:a=2,b=1", "igsp"])
+def test_a_mix_is_shown_as_it_was_given(given: str) -> None:
+    assert str(MixRule.parse(given)) == given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("unifrom", "Did you mean 'uniform'"),
+        ("single", "names its source"),
+        ("single:", "names its source"),
+        ("weighted:", "names its sources"),
+        ("weighted:a=x", "each weight is a number"),
+        ("weighted:a=-1", "must be positive"),
+        ("weighted:a=1,a=2", "each source once"),
+        ("uniform:a=1", "takes no source names"),
+    ],
+)
+def test_a_bad_mix_is_refused(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixRule.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "sparsegtp"}, "Did you mean 'sparsegpt'"),
+        ({"sequential": "x"}, "Unknown sequential"),
+        ({"capabilities": "genral"}, "Did you mean 'general'"),
+        ({"capabilities": ("auto", "math")}, "Unknown capability 'auto'"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"length": 4}, "length must be at least 8"),
+        ({"micro_batch": 0}, "micro_batch must be"),
+        ({"damping": 0.0}, "damping"),
+        ({"seed": -1}, "seed"),
+        ({"model": ""}, "No model"),
+    ],
+)
+def test_a_bad_config_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CalibPruneConfig(**{"model": "pocket", **change})
+
+
+def test_a_config_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
+    config = CalibPruneConfig(
+        "pocket", sparsity="2:4", mix="weighted:gsm8k=2,piqa=1", sources=["gsm8k", "piqa"], capabilities="code,math"
+    )
+    config.save_pretrained(tmp_path)
+    assert CalibPruneConfig.from_pretrained(tmp_path) == config
+    assert config.capabilities == ("code", "math")
+
+
+def test_records_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CalibPruneConfig("pocket").seed = 1
+
+
+def test_nested_records_survive_json() -> None:
+    scores = Scores((TaskScore("t", "code", "pass@1", 0.0, (1.0, 0.0)),), {"math": "no data"})
+    report = CapabilityReport(
+        (CapabilityRetention("code", 2, 0.0, 1.0, 0.5, 0.5, (0.0, 1.0), 0.5),), 0.5, (0.0, 1.0), "code", {"math": "x"}
+    )
+    assert Scores.from_json(scores.to_json()) == scores
+    assert CapabilityReport.from_json(report.to_json()) == report
+
+
+def test_json_of_another_schema_or_with_unknown_fields_is_refused() -> None:
+    data = json.loads(CalibPruneConfig("pocket").to_json())
+    with pytest.raises(ValueError, match="schema version 99"):
+        CalibPruneConfig.from_json(json.dumps({**data, "schema_version": 99}))
+    with pytest.raises(ValueError, match=r"Unknown field of CalibPruneConfig 'sead'\. Did you mean 'seed'"):
+        CalibPruneConfig.from_json(json.dumps({**data, "sead": 1}))
+
+
+def _set(ids: np.ndarray, **row: object) -> CalibrationSet:
+    return CalibrationSet(ids, tuple(CalibrationRow("s", i, "math", **row) for i in range(len(ids))))
+
+
+def test_a_calibration_set_survives_json_and_keeps_its_fingerprint() -> None:
+    made = _set(np.arange(12).reshape(3, 4))
+    again = CalibrationSet.from_json(made.to_json())
+    assert np.array_equal(again.input_ids, made.input_ids)
+    assert again.rows == made.rows
+    assert again.fingerprint == made.fingerprint
+
+
+def test_the_fingerprint_depends_on_ids_order_shape_and_weights() -> None:
+    ids = np.arange(12).reshape(3, 4)
+    prints = {_set(x).fingerprint for x in (ids, ids[::-1], ids.reshape(2, 6), ids + 1)}
+    assert len(prints | {_set(ids, weight=2.0).fingerprint}) == 5
+    assert _set(ids).fingerprint == _set(ids.astype(np.int32)).fingerprint
+
+
+def test_a_calibration_set_is_checked_and_read_only() -> None:
+    with pytest.raises(ValueError, match="rows"):
+        CalibrationSet(np.zeros((2, 4)), ())
+    with pytest.raises(ValueError, match="samples, length"):
+        CalibrationSet(np.zeros(4), ())
+    with pytest.raises(ValueError, match="read-only"):
+        _set(np.zeros((1, 4))).input_ids[0, 0] = 1
+
+
+def test_a_source_names_a_known_capability_and_one_place() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'math'"):
+        CalibrationSource("x", "maths")
+    with pytest.raises(ValueError, match="both a repo and a path"):
+        CalibrationSource("x", "math", repo="a/b", path="c")

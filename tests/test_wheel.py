@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel, built and installed elsewhere, holds all it needs: the command, the template, the pocket."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(target.glob("*.whl"))
+
+
+def test_the_wheel_holds_code_data_template_and_registration(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "optimum/commands/register/register_calibprune.py" in names
+    assert "optimum_calibprune/publishing/model_card_template.md" in names
+    assert "optimum_calibprune/pocket/model/model.safetensors" in names
+    assert {f"optimum_calibprune/pocket/probes/{c}.jsonl" for c in ("general", "code")} <= names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/")) or n == "optimum/__init__.py"]
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "optimum_calibprune").rglob("*.py")}
+    assert sources - names == {"optimum_calibprune/_optimum_register.py"}, "that one is moved to where optimum looks"
+
+
+@pytest.fixture
+def environment(wheel: Path, tmp_path: Path) -> Path:
+    """A virtual environment with the libraries of this one and the wheel, but not this checkout."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if entry.name == "optimum":
+            shutil.copytree(entry, site / "optimum", ignore=shutil.ignore_patterns("register_calibprune.py"))
+        elif "optimum_calibprune" not in entry.name and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    return python
+
+
+def test_the_installed_wheel_prunes_the_pocket_from_another_folder(environment: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, optimum_calibprune\n"
+        f"assert optimum_calibprune.__file__.startswith({str(tmp_path)!r}), optimum_calibprune.__file__\n"
+        "from optimum.commands.optimum_cli import main\n"
+        "sys.argv[1:] = 'calibprune prune pocket --samples 8 --length 64 --capabilities math --output out'.split()\n"
+        "main()"
+    )
+    done = subprocess.run([str(environment), "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "math (worst)" in done.stdout
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---\n")
