@@ -11,6 +11,7 @@ from ..records import CAPABILITIES, CapabilityReport, CapabilityRetention, Score
 
 
 RESAMPLES = 4000
+AT_ONCE = 2**22  # item indices that may be in memory at once
 LEVELS = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
@@ -61,11 +62,9 @@ def _retention(
     dense_samples = np.zeros(RESAMPLES)
     sparse_samples = np.zeros((len(draws), RESAMPLES))
     for t, task in enumerate(tasks):
-        items = np.array([task.item_scores, *(draw[t].item_scores for draw in draws)])  # [1 + draws, items]
-        for i in range(RESAMPLES):
-            means = items[:, generator.integers(0, items.shape[1], items.shape[1])].mean(axis=1) / len(tasks)
-            dense_samples[i] += means[0]
-            sparse_samples[:, i] += means[1:]
+        means = _resampled_means([task.item_scores, *(draw[t].item_scores for draw in draws)], generator)
+        dense_samples += means[0] / len(tasks)
+        sparse_samples += means[1:] / len(tasks)
     which = generator.integers(0, len(draws), (len(draws), RESAMPLES))
     sparse_mean = np.take_along_axis(sparse_samples, which, axis=0).mean(axis=0)
     dense = float(np.mean([task.value for task in tasks]))
@@ -84,6 +83,17 @@ def _retention(
         above_chance=(sparse - chance) / (dense - chance) if above else None,
     )
     return entry, ratio
+
+
+def _resampled_means(rows: Sequence[Sequence[float]], generator: np.random.Generator) -> np.ndarray:
+    """Means `[rows, resamples]` over items drawn with replacement, the same items for all rows."""
+    items = np.array(rows)  # [rows, items]
+    count = items.shape[1]
+    parts = []
+    for size in np.diff([*range(0, RESAMPLES, max(1, AT_ONCE // count)), RESAMPLES]):
+        chosen = generator.integers(0, count, (size, count))
+        parts.append([row[chosen].mean(axis=1) for row in items])
+    return np.concatenate(parts, axis=1)
 
 
 def _interval(samples: np.ndarray) -> tuple[float, float]:
