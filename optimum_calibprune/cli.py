@@ -180,7 +180,7 @@ class PruneCommand(BaseOptimumCLICommand):
         _quiet_libraries()
         arguments = self.args
         with _errors(BAD_ARGUMENTS):
-            from .publishing.card import retention_table
+            from .publishing.card import retention_table, upper_bound
             from .publishing.hub import check_output
 
             check_output(arguments.output, arguments.overwrite)
@@ -196,6 +196,8 @@ class PruneCommand(BaseOptimumCLICommand):
                 _say(record.to_json().rstrip())
             else:
                 _say("\n" + _table(retention_table(record)))
+                if upper_bound(record):
+                    _say(f"An upper bound: {upper_bound(record)} come from the generator of the probes.")
                 _say(f"\nSaved to {arguments.output} ({record.prune.zeros / record.prune.weights:.2%} zeros).")
         if arguments.push_to_hub:
             self._push()
@@ -255,14 +257,15 @@ class MixCommand(BaseOptimumCLICommand):
             pruner = _pruner(arguments)
         with _errors(FAILED):
             with _progress() as show:
-                calibration, mix, profiles, _ = pruner.choose_calibration(show)
+                choice = pruner.choose_calibration(on_progress=show)
+            calibration, mix = choice.calibration, choice.mix
             if arguments.output:
                 save_calibration(Path(arguments.output), calibration, mix)
             if arguments.json:
                 _say(mix.to_json().rstrip())
                 return
             rows = [["source", "capability", "share", "perplexity", "4-gram duplicates", "4-gram collisions"]]
-            for p in profiles:
+            for p in choice.profiles:
                 share = f"{100 * mix.shares.get(p.name, 0):.1f} %"
                 duplicates = f"{100 * p.duplicate_rate:.1f} %"
                 cells = [

@@ -60,7 +60,7 @@ def load_model(
     local = Path(path).exists()
     licence, language = _card(name, token, local)
     base = BaseModel(
-        name=_original_name(name) if local else name,
+        name=(pruned_from(name) or Path(name).resolve().name) if local and name != pocket.NAME else name,
         revision=None if local else _commit(name, revision, cache_dir),
         licence=licence,
         language=language,
@@ -97,9 +97,7 @@ def _why_not_loaded(name: str, error: OSError) -> str:
             "Unset it, give a local folder, or use the bundled 'pocket'."
         )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"The model {name!r} cannot be loaded: {first}{hint} A local folder or the bundled 'pocket' need no network."
-    )
+    return f"The model {name!r} cannot be loaded: {first}{hint} Without a network: a local folder, the bundled 'pocket', or HF_HUB_OFFLINE=1 for what is in the cache."
 
 
 def _commit(name: str, revision: str | None, cache_dir: str | Path | None) -> str | None:
@@ -110,12 +108,10 @@ def _commit(name: str, revision: str | None, cache_dir: str | Path | None) -> st
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def _original_name(name: str) -> str:
-    """Of a saved run, the model that was pruned; else the folder's name without the folders of this machine."""
+def pruned_from(name: str) -> str | None:
+    """Of a folder that holds a saved run, the name of the model that was pruned."""
     record = Path(name) / "calibprune.json"
-    if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8"))["base"]["name"]
-    return pocket.NAME if name == pocket.NAME else Path(name).resolve().name
+    return json.loads(record.read_text(encoding="utf-8"))["base"]["name"] if record.is_file() else None
 
 
 def _card(name: str, token: str | None, local: bool) -> tuple[str | None, tuple[str, ...]]:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from . import machine, pocket
-from .calibration import measure as measures
 from .calibration import mix as mixes
-from .calibration.sources import SOURCES, OpenSource, build_pool, open_sources
+from .calibration.choose import Choice, choose
+from .calibration.sources import SOURCES, OpenSource, open_sources
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
 from .capabilities.score import measure
 from .capabilities.tasks import Task, pocket_tasks
-from .loading import load_model
+from .loading import load_model, pruned_from
 from .planning import make_plan
 from .pruning import blocks, schedule
 from .publishing import hub, reproduce
@@ -33,13 +33,11 @@ from .records import (
     CalibrationSet,
     CalibrationSource,
     LayerReport,
-    Mix,
     PerplexityReport,
     Plan,
     PruneReport,
     RunRecord,
     Scores,
-    SourceProfile,
 )
 
 
@@ -86,19 +84,16 @@ class CalibPruner:
         """
         self.model, self.tokenizer, self.token = model.eval(), tokenizer, token
         self.base = base or BaseModel(config.model, parameters=model.num_parameters())
-        self.is_pocket = self.base.name == pocket.NAME
+        self.is_pocket = _is_pocket(config)
         self.config = self._with_defaults(config)
         self.record: RunRecord | None = None
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
+        self._tasks = _choose_tasks(self.config)
+        self._sources = _choose_sources(self.config, sources)
+        self._perplexity_source = _choose_perplexity_text(self.config, perplexity_text)
         blocks.check_model(self.model, self.config.sparsity)
-        self._tasks = self._choose_tasks()
-        table = {**SOURCES, **pocket.sources()} if self.is_pocket else SOURCES
-        given = sources if sources is not None else self.config.sources
-        self._sources = open_sources(given or self._default_sources(), table)
-        self._quotas = mixes.quotas(self.config.mix, [o.source for o in self._sources], self._samples)
-        self._perplexity_source = self._choose_perplexity_text(perplexity_text)
         self._groups = blocks.find_groups(self.model)
 
     @classmethod
@@ -133,6 +128,7 @@ class CalibPruner:
             sources=tuple(s.name if isinstance(s, CalibrationSource) else s for s in names),
             **config,
         )
+        _choose_tasks(asked), _choose_sources(asked, sources), _choose_perplexity_text(asked, perplexity_text)
         loaded, tokenizer, base = load_model(
             model,
             revision=asked.revision,
@@ -157,44 +153,14 @@ class CalibPruner:
         step = config.micro_batch or max(1, min(samples, MICRO_BATCH_TOKENS // length))
         return replace(config, samples=samples, length=length, micro_batch=step)
 
-    @property
-    def _samples(self) -> int:
-        assert self.config.samples is not None
-        return self.config.samples
-
-    def _choose_tasks(self) -> list[Task]:
-        asked = self.config.capabilities
-        if asked == ("none",):
-            return []
-        if not self.is_pocket:
-            if asked != ("auto",):
-                raise ValueError(
-                    f"Capabilities {', '.join(asked)} were asked for, but {NO_SUITE}; use 'auto' or 'none'."
-                )
-            return []
-        return pocket_tasks(CAPABILITIES if asked == ("auto",) else asked)
-
-    def _default_sources(self) -> list[str]:
-        if self.is_pocket:
-            return pocket.default_sources()
-        return [name for name, _ in self.config.mix.weights] or list(SOURCES)
-
-    def _choose_perplexity_text(self, given: str | Path | None) -> CalibrationSource | None:
-        if given is not None:
-            if not Path(given).exists():
-                raise FileNotFoundError(f"There is no file {str(given)!r} to measure perplexity on.")
-            return CalibrationSource(Path(given).stem, "general", path=str(given))
-        return None if self.is_pocket else perplexities.WIKITEXT2
-
     # ----------------------------------------------------------------------------------------- pipeline
 
     def plan(self) -> Plan:
         """What `prune()` will do: modules, matrices left alone, memory by place, replays, estimated seconds."""
         config = reproduce.public_config(self.config, self.base)
-        return make_plan(self.model, config, self._groups, sorted(self._quotas), self._capability_names())
-
-    def _capability_names(self) -> tuple[str, ...]:
-        return tuple(name for name in CAPABILITIES if name in {task.capability for task in self._tasks})
+        quotas = mixes.quotas(config.mix, [entry.source for entry in self._sources], config.samples or SAMPLES)
+        capabilities = [name for name in CAPABILITIES if name in {task.capability for task in self._tasks}]
+        return make_plan(self.model, config, self._groups, sorted(quotas), capabilities)
 
     def prune(
         self,
@@ -215,17 +181,18 @@ class CalibPruner:
         seconds: dict[str, float] = {}
         plan = self.plan()
         with _timed(seconds, "calibrate"):  # first, since text that cannot be had is the likeliest failure
-            windows, report = self._perplexity_windows()
-            self.calibration, mix, profiles, used = self.choose_calibration(on_progress)
+            text = self._perplexity_text()
+            choice = self.choose_calibration(on_progress=on_progress)
+            self.calibration = choice.calibration
         with _timed(seconds, "measure dense"):
             dense = self._measure("measure dense", on_progress) if dense_scores is None else dense_scores
-            before = self._perplexity(windows, on_progress)
+            before = self._perplexity(text, on_progress)
         with _timed(seconds, "prune"):
             self._pruned = True
             prune = self._prune(self.calibration, plan, on_progress, cancelled)
         with _timed(seconds, "measure sparse"):
             sparse = self._measure("measure sparse", on_progress)
-            after = self._perplexity(windows, on_progress)
+            after = self._perplexity(text, on_progress)
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -233,14 +200,15 @@ class CalibPruner:
             config=reproduce.public_config(self.config, self.base),
             base=self.base,
             plan=plan,
-            sources=tuple(reproduce.public_source(source) for source in used),
-            profiles=profiles,
-            mix=mix,
+            sources=tuple(reproduce.public_source(source) for source in choice.sources),
+            profiles=choice.profiles,
+            mix=choice.mix,
+            samples=choice.samples,
             rows=self.calibration.rows,
             fingerprint=self.calibration.fingerprint,
             prune=prune,
             capabilities=capability_report(dense, sparse),
-            perplexity=replace(report, dense=before, sparse=after) if report is not None else None,
+            perplexity=replace(text.report, dense=before, sparse=after) if text is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self.model.device),
             seconds=seconds,
@@ -248,33 +216,21 @@ class CalibPruner:
         )
         return self.record
 
-    def choose_calibration(
-        self, on_progress: Progress | None = None
-    ) -> tuple[CalibrationSet, Mix, tuple[SourceProfile, ...], tuple[CalibrationSource, ...]]:
-        """The calibration set of the mix, the account of it, a profile of each source, and the sources as resolved."""
-        wanted = mixes.windows_wanted(self.config.mix, [o.source for o in self._sources], self._samples)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        assert self.config.length is not None
-        pools = [
-            build_pool(
-                opened,
-                self.tokenizer,
-                self.config.length,
-                wanted[opened.source.name],
-                vocabulary=vocabulary,
-                token=self.token,
-                on_progress=_stage(on_progress, "read"),
-            )
-            for opened in self._used_sources(wanted)
-        ]
-        candidates = mixes.draw(pools, wanted, self.config.seed)
-        nll = measures.mean_nll(self.model, candidates.input_ids, _stage(on_progress, "measure"))
-        calibration, mix = mixes.calibration_set(self.config.mix, candidates, self._quotas, nll)
-        profiles = _profiles(candidates, nll)
-        return calibration, mix, profiles, tuple(pool.source for pool in pools)
-
-    def _used_sources(self, wanted: Mapping[str, int]) -> list[OpenSource]:
-        return [opened for opened in self._sources if wanted.get(opened.source.name)]
+    def choose_calibration(self, *, on_progress: Progress | None = None) -> Choice:
+        """The calibration set of the mix, the account of it, and profiles of its samples and sources."""
+        assert self.config.samples is not None and self.config.length is not None
+        return choose(
+            self.model,
+            self.tokenizer,
+            self._sources,
+            self.config.mix,
+            samples=self.config.samples,
+            length=self.config.length,
+            seed=self.config.seed,
+            token=self.token,
+            on_read=_stage(on_progress, "read"),
+            on_measure=_stage(on_progress, "measure"),
+        )
 
     def _prune(
         self,
@@ -318,9 +274,9 @@ class CalibPruner:
         return self._measure("evaluate", on_progress)
 
     def perplexity(self, *, on_progress: Progress | None = None) -> PerplexityReport | None:
-        """Perplexity of the model as it is now; None where no text is set (the pocket), with a reason where it fails."""
-        windows, report = self._perplexity_windows()
-        return replace(report, dense=self._perplexity(windows, on_progress)) if report is not None else None
+        """Perplexity of the model as it is now, in the field `dense`; None where no text is set (the pocket)."""
+        text = self._perplexity_text()
+        return replace(text.report, dense=self._perplexity(text, on_progress)) if text is not None else None
 
     def _not_measured(self) -> dict[str, str]:
         reason = "not asked for" if self.config.capabilities == ("none",) else NO_SUITE
@@ -331,27 +287,18 @@ class CalibPruner:
             return Scores((), self._not_measured())
         return measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
 
-    def _perplexity_windows(self) -> tuple[Any, PerplexityReport | None]:
-        """The windows of the text, and the report to fill in; where the text cannot be had, the report says why."""
+    def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source
         if source is None:
-            return None, None
-        assert self.config.length is not None
-        length = min(LENGTH, self.config.length) if source.path else LENGTH
-        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", length)
-        length = min(length, context)
-        try:
-            windows = perplexities.text_windows(self.tokenizer, perplexities.read_text(source, self.token), length)
-        except (ConnectionError, ValueError) as error:
-            if source.path is not None:  # the user named this text
-                raise
-            return None, PerplexityReport(source.name, length, reason=str(error))
-        return windows, PerplexityReport(source.name, length, tokens=int(windows.size))
-
-    def _perplexity(self, windows: Any, on_progress: Progress | None) -> float | None:
-        if windows is None:
             return None
-        return perplexities.perplexity(self.model, windows, _stage(on_progress, "perplexity"))
+        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTH
+        wanted = self.config.length if source.path is not None else LENGTH
+        return perplexities.read(source, self.tokenizer, min(wanted or LENGTH, context), self.token)
+
+    def _perplexity(self, text: perplexities.Text | None, on_progress: Progress | None) -> float | None:
+        if text is None or text.windows is None:
+            return None
+        return perplexities.perplexity(self.model, text.windows, _stage(on_progress, "perplexity"))
 
     # --------------------------------------------------------------------------------------- publishing
 
@@ -419,6 +366,42 @@ class CalibPruner:
 # ------------------------------------------------------------------------------------------------ helpers
 
 
+def _is_pocket(config: CalibPruneConfig) -> bool:
+    """Whether the model is the bundled one, or was pruned from it."""
+    return pocket.NAME in (config.model, pruned_from(config.model))
+
+
+def _choose_tasks(config: CalibPruneConfig) -> list[Task]:
+    asked = config.capabilities
+    if asked == ("none",):
+        return []
+    if _is_pocket(config):
+        return pocket_tasks(CAPABILITIES if asked == ("auto",) else asked)
+    if asked != ("auto",):
+        raise ValueError(f"Capabilities {', '.join(asked)} were asked for, but {NO_SUITE}; use 'auto' or 'none'.")
+    return []
+
+
+def _choose_sources(
+    config: CalibPruneConfig, given: Sequence[str | CalibrationSource] | Mapping[str, Any] | None
+) -> list[OpenSource]:
+    """Those that were given, else those that the mix names, else the default ones; checked against the mix."""
+    table = {**SOURCES, **pocket.sources()} if _is_pocket(config) else SOURCES
+    default = pocket.default_sources() if _is_pocket(config) else list(SOURCES)
+    named = [name for name, _ in config.mix.weights]
+    opened = open_sources(given or config.sources or named or default, table)
+    mixes.quotas(config.mix, [entry.source for entry in opened], config.samples or SAMPLES)
+    return opened
+
+
+def _choose_perplexity_text(config: CalibPruneConfig, given: str | Path | None) -> CalibrationSource | None:
+    if given is None:
+        return None if _is_pocket(config) else perplexities.WIKITEXT2
+    if not Path(given).exists():
+        raise FileNotFoundError(f"There is no file {str(given)!r} to measure perplexity on.")
+    return CalibrationSource(Path(given).stem, "general", path=str(given))
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -430,17 +413,6 @@ def _stage(on_progress: Progress | None, stage: str) -> Progress | None:
     if on_progress is None:
         return None
     return lambda done, total, text: on_progress(done, total, f"{stage}: {text}" if text else stage)
-
-
-def _profiles(candidates: mixes.Candidates, nll: Any) -> tuple[SourceProfile, ...]:
-    """Of each source, over all its windows that were measured: its quota, for IGSP its candidates."""
-    origins = [row.origin for row in candidates.rows]
-    capability = {row.origin: row.group for row in candidates.rows}
-    profiles = []
-    for name in sorted(set(origins)):
-        chosen = [i for i, origin in enumerate(origins) if origin == name]
-        profiles.append(measures.profile_source(name, capability[name], candidates.input_ids[chosen], nll[chosen]))
-    return tuple(profiles)
 
 
 def _recount(model: PreTrainedModel, layers: Sequence[LayerReport]) -> tuple[LayerReport, ...]:

@@ -503,7 +503,7 @@ class PerplexityReport(Record):
 
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """One finished run, from which card and figures are drawn without a model."""
+    """One finished run, from which card and figures are drawn without a model. `samples` profiles `rows`, one by one."""
 
     created: str
     command: str
@@ -513,6 +513,7 @@ class RunRecord(Record):
     sources: tuple[CalibrationSource, ...]
     profiles: tuple[SourceProfile, ...]
     mix: Mix
+    samples: tuple[SampleProfile, ...]
     rows: tuple[CalibrationRow, ...]
     fingerprint: str
     prune: PruneReport

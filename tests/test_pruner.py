@@ -199,7 +199,8 @@ def test_the_plan_tells_what_will_happen() -> None:
     [
         ({"sources": ["gsm9k"]}, "Unknown source 'gsm9k'. Did you mean 'gsm8k'"),
         ({"sources": ["no/such/file.jsonl"]}, "no file or folder"),
-        ({"mix": "single:piqua"}, "Unknown source of the mix 'piqua'. Did you mean 'piqa'"),
+        ({"mix": "single:piqua"}, "Unknown source 'piqua'. Did you mean 'piqa'"),
+        ({"mix": "single:c4", "sources": ["piqa"]}, "Unknown source of the mix 'c4'"),
         ({"mix": "igps"}, "Unknown mix 'igps'. Did you mean 'igsp'"),
         ({"sparsity": "100%"}, "between 0 and 1"),
         ({"sparsity": "3:5"}, r"model.layers.0.self_attn.q_proj has 192 columns, which m = 5"),
@@ -251,6 +252,33 @@ def test_a_model_is_pruned_once() -> None:
 def test_an_unknown_model_is_named_with_a_way_out() -> None:
     with pytest.raises(OSError, match=r"HF_HUB_OFFLINE is set\. Did you mean 'pocket'"):
         CalibPruner.from_pretrained("pockte")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": ["c5"]}, "Did you mean 'c4'"),
+        ({"capabilities": "code"}, "measures capabilities of the pocket model only"),
+    ],
+)
+def test_bad_options_are_refused_before_a_model_is_looked_for(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CalibPruner.from_pretrained("no-such/model", **options)
+
+
+def test_a_saved_run_is_measured_like_its_base_and_a_folder_named_pocket_is_not(
+    saved: tuple[CalibPruner, Path], tmp_path: Path
+) -> None:
+    again = CalibPruner.from_pretrained(str(saved[1]), capabilities="general")
+    assert again.base.name == "pocket"
+    assert again.evaluate().tasks[0] == saved[0].scores["sparse"].tasks[0]
+    (tmp_path / "pocket").symlink_to(pocket.MODEL)
+    assert not CalibPruner.from_pretrained(str(tmp_path / "pocket")).is_pocket
+
+
+def test_a_mix_may_name_any_source_of_the_table() -> None:
+    plan = CalibPruner.from_pretrained("pocket", mix="weighted:pocket_math=3,gsm8k=1", capabilities="none").plan()
+    assert plan.sources == ("gsm8k", "pocket_math")
 
 
 def test_a_quantised_base_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def mean_nll(model: PreTrainedModel, input_ids: np.ndarray, on_progress: Progres
     results = []
     with torch.inference_mode():
         for start in range(0, len(input_ids), batch):
-            ids = torch.from_numpy(input_ids[start : start + batch].copy()).to(device)
+            ids = torch.from_numpy(input_ids[start : start + batch].astype(np.int64)).to(device)
             logits = model(input_ids=ids, use_cache=False).logits
             results += [_sample_nll(one, target) for one, target in zip(logits[:, :-1], ids[:, 1:], strict=True)]
             if on_progress is not None:
@@ -57,7 +57,8 @@ def grams(input_ids: np.ndarray) -> np.ndarray:
 
     Pairs of tokens are numbered, then pairs of those numbers that stand two positions apart.
     """
-    pairs = input_ids[:, :-1] * (int(input_ids.max()) + 1) + input_ids[:, 1:]
+    ids = input_ids.astype(np.int64)
+    pairs = ids[:, :-1] * (int(ids.max()) + 1) + ids[:, 1:]
     numbers = np.unique(pairs, return_inverse=True)[1].reshape(pairs.shape)
     quads = numbers[:, :-2] * (int(numbers.max()) + 1) + numbers[:, 2:]
     return np.unique(quads, return_inverse=True)[1].reshape(quads.shape)

@@ -86,6 +86,7 @@ def draw(pools: Sequence[Pool], counts: Mapping[str, int], seed: int) -> Candida
         name = pool.source.name
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
         chosen = np.sort(generator.permutation(len(pool.input_ids))[: counts.get(name, 0)])
+        assert len(chosen) == counts.get(name, 0), f"the pool of {name!r} was made for fewer windows"
         ids.append(pool.input_ids[chosen])
         rows += [CalibrationRow(name, int(i), pool.source.capability) for i in chosen]
     return Candidates(np.concatenate(ids), tuple(rows))
@@ -114,14 +115,21 @@ def calibration_set(
         rule=rule,
         quotas=by_capability,
         shares={name: origins.count(name) / len(rows) for name in sorted(set(origins))},
-        note=""
-        if len(set(by_capability.values())) == 1
-        else "remainders went to the first names in alphabetical order",
+        note=_note(rule, counts),
         objective=trace[-1] if trace else None,
         parts=parts,
         trace=trace,
     )
     return CalibrationSet(candidates.input_ids[chosen], rows), mix
+
+
+def _note(rule: MixRule, counts: Mapping[str, int]) -> str:
+    """How shares that are no whole number became quotas."""
+    if rule.kind == "single" or len(counts) == 1:
+        return ""
+    if rule.kind == "weighted":
+        return "quotas are rounded by largest remainders, ties to the first names in alphabetical order"
+    return "remainders, where there are any, go to the first names in alphabetical order"
 
 
 # ------------------------------------------------------------------------------------------------- IGSP

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import logging
+import operator
 import re
-from collections.abc import Callable, Mapping
+import string
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..records import CalibrationSource
+from ..records import CalibrationSource, unknown
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-logger = logging.getLogger(__name__)
 
 
 def _arc(row: Mapping[str, Any]) -> str:
@@ -28,11 +26,17 @@ def _winogrande(row: Mapping[str, Any]) -> str:
 
 
 def _hellaswag(row: Mapping[str, Any]) -> str:
-    return f"{row['ctx']} {row['endings'][int(row['label'])]}"
+    return f"{row['ctx']} {_chosen(row['endings'], row['label'])}"
 
 
 def _piqa(row: Mapping[str, Any]) -> str:
-    return f"Question: {row['goal']}\nAnswer: {row['sol1'] if int(row['label']) == 0 else row['sol2']}"
+    return f"Question: {row['goal']}\nAnswer: {_chosen([row['sol1'], row['sol2']], row['label'])}"
+
+
+def _chosen(options: Sequence[str], label: str | int) -> str:
+    if int(label) < 0:
+        raise ValueError(f"the label {label} names no answer")  # as test splits without answers have it
+    return options[int(label)]
 
 
 def _gsm8k(row: Mapping[str, Any]) -> str:
@@ -50,31 +54,65 @@ READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def document(source: CalibrationSource, row: Any, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
-    """A row's text, or its token ids where it holds them already.
+    """A row's text, or its token ids where it holds them already; no text where a column that it needs is null.
 
-    Raises `ValueError` where the row lacks a column, naming those that it has.
+    Raises `ValueError` where the row does not fit `source.text`, naming the columns that it has.
     """
     if isinstance(row, str):
         return row
-    if isinstance(row, list | tuple):
-        return [int(i) for i in row]
+    if not isinstance(row, Mapping):
+        return _token_ids(source, row)
     if "input_ids" in row:
-        return [int(i) for i in row["input_ids"]]
+        return _token_ids(source, row["input_ids"])
     try:
-        if source.text.startswith("chat:"):
-            return _chat(row[source.text.removeprefix("chat:")], tokenizer)
-        if source.text in READERS:
-            return READERS[source.text](row)
-        return source.text.format_map(row)
-    except (KeyError, IndexError) as error:
+        return _text(source.text, row, tokenizer)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"A row of source {source.name!r} does not fit {source.text!r}: {error} is missing. "
-            f"Its columns are: {', '.join(map(str, row))}."
+            f"A row of source {source.name!r} does not fit {source.text!r}: {why}. "
+            f"Its columns are: {', '.join(map(str, row)) or 'none'}."
         ) from error
 
 
+def _token_ids(source: CalibrationSource, ids: Any) -> list[int]:
+    try:
+        return [operator.index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError as error:
+        raise ValueError(
+            f"A row of source {source.name!r} is neither a text, nor a mapping of columns, nor a list of integer "
+            f"token ids: {error}."
+        ) from error
+
+
+def _text(how: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    if how in READERS:
+        return READERS[how](row)
+    if how.startswith("chat:"):
+        messages = row[how.removeprefix("chat:")]
+        return _chat(messages, tokenizer) if messages is not None else ""
+    return _filled(how, row)
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> str:
+    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    if not fields:
+        raise unknown("reader", template, [*READERS, "chat:COLUMN", "a template such as '{text}'"])
+    for field in fields:
+        value = row[re.split(r"[.\[]", field)[0]]
+        if value is None:
+            return ""
+        if field in row and isinstance(value, list | dict):
+            raise TypeError(f"{field!r} holds a {type(value).__name__}, not a text")
+    return template.format_map(row)
+
+
 def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.chat_template:
+    """The messages in the tokenizer's chat template, or joined by blank lines where it has none."""
+    import jinja2
+
+    if not tokenizer.chat_template:
+        return "\n\n".join(message["content"] for message in messages)
+    try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    logger.warning("The tokenizer has no chat template; the messages of a chat are joined by blank lines.")
-    return "\n\n".join(message["content"] for message in messages)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses it ({error})") from error

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
 POOL_SEED = 0
 POOL_FACTOR = 4
-SHUFFLE_BUFFER = 10_000
+SHUFFLE_BUFFER = 10_000  # rows
+TOKENIZED_TOGETHER = 2**17  # characters
+LONGEST_TEXT = 2**20  # characters
 SUFFIXES = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 
 # Licences and revisions are not repeated here: the data set's own card states the one, a run resolves the other.
@@ -86,49 +93,62 @@ def open_sources(
         `ValueError` for an unknown name, capability or file type, `FileNotFoundError` for a missing path.
     """
     if isinstance(given, Mapping):
-        opened = [OpenSource(_in_memory(key), data) for key, data in given.items()]
+        opened = [_in_memory(key, data) for key, data in given.items()]
     else:
         opened = [OpenSource(s if isinstance(s, CalibrationSource) else _parse(s, table)) for s in given]
     names = [o.source.name for o in opened]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"Two sources are named {name!r}; give each its own name with NAME=PATH:CAPABILITY.")
+    for o in opened:
+        if o.source.path is not None:
+            _files(Path(o.source.path))
+        elif o.source.repo is None and o.data is None:
+            raise ValueError(f"Source {o.source.name!r} has neither a repo nor a path; give one of them.")
     return opened
 
 
-def _in_memory(key: str) -> CalibrationSource:
+def _in_memory(key: str, data: Any) -> OpenSource:
     name, _, capability = key.partition(":")
     if not capability:
         raise ValueError(f"Data in memory needs its capability: {name + ':CAPABILITY'!r}, one of {CAPABILITIES}.")
-    return CalibrationSource(name, capability)
+    listed = isinstance(data, Sequence) and not isinstance(data, str | bytes)
+    if not (listed or hasattr(data, "tolist") or _is_dataset(data)):
+        raise ValueError(
+            f"Source {name!r} is of type {type(data).__name__}; allowed: a list of texts, of rows or of token ids, an "
+            "array of token ids, one split of a `datasets` object. A file is named by NAME=PATH:CAPABILITY."
+        )
+    return OpenSource(CalibrationSource(name, capability), data)
+
+
+def _is_dataset(data: Any) -> bool:
+    return hasattr(data, "map") and hasattr(data, "features")  # neither a DatasetDict nor a pandas object
 
 
 def _parse(given: str, table: Mapping[str, CalibrationSource]) -> CalibrationSource:
     if given in table:
         return table[given]
+    path = Path(given)
     name, equals, rest = given.partition("=")
-    if equals:
-        path, colon, capability = rest.rpartition(":")
+    if equals and not path.exists():
+        file, colon, capability = rest.rpartition(":")
         if not colon:
             raise ValueError(f"{given!r} does not name a capability; allowed: NAME=PATH:CAPABILITY.")
-        return CalibrationSource(name, capability, path=str(_existing(Path(path))))
-    path = Path(given)
+        return CalibrationSource(name, capability, path=file)
     if path.exists() or path.suffix in SUFFIXES or "/" in given:
-        return CalibrationSource(path.stem, "general", path=str(_existing(path)))
+        return CalibrationSource(path.stem, "general", path=given)
     raise unknown("source", given, [*table, "a path", "NAME=PATH:CAPABILITY"])
 
 
-def _existing(path: Path) -> Path:
+def _files(path: Path) -> list[Path]:
+    """The files of a path that can be read and are not empty; raises where there is none."""
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
-    if not _files(path):
-        raise ValueError(f"{str(path)!r} holds no file that can be read; allowed: {', '.join(SUFFIXES)}.")
-    return path
-
-
-def _files(path: Path) -> list[Path]:
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file for file in found if file.suffix in SUFFIXES]
+    files = [file for file in found if file.suffix in SUFFIXES and file.is_file() and file.stat().st_size]
+    if not files:
+        raise ValueError(f"{str(path)!r} holds nothing to read; allowed: {', '.join(SUFFIXES)} with text inside.")
+    return files
 
 
 # ------------------------------------------------------------------------------------------------- rows
@@ -137,62 +157,124 @@ def _files(path: Path) -> list[Path]:
 def rows(
     opened: OpenSource, token: str | None = None, shuffle: bool = True
 ) -> tuple[CalibrationSource, Iterable[Any]]:
-    """The source with its revision resolved, and its rows: from all over it, or with `shuffle=False` in their order."""
-    source, data = opened.source, opened.data
-    if data is not None:
-        return source, _memory_rows(data, shuffle)
+    """The source's rows, from all over it, or with `shuffle=False` in their order.
+
+    Beside them the source itself, with its revision resolved and, in `pool`, what made the order.
+
+    Raises:
+        `ConnectionError` where a Hub data set cannot be had, `ValueError` where a source cannot be read; both also
+        while the rows are read.
+    """
+    source, found = opened.source, opened.data
+    if found is None and source.path is not None:
+        found = _load_files(Path(source.path))
+    elif found is None:
+        source, found = _load_from_hub(source, token)
+    if shuffle:
+        source = replace(source, pool=_order(found))
+        found = _shuffled(found)
+    return source, _guarded(source, found)
+
+
+def _guarded(source: CalibrationSource, found: Iterable[Any]) -> Iterator[Any]:
+    """The rows; what fails while they are read is told as if it had failed at once."""
     if source.path is not None:
-        return source, _local_rows(Path(source.path), shuffle)
-    return _hub_rows(source, token, shuffle)
+        guard = _file_errors(Path(source.path))
+    elif source.repo is not None:
+        guard = _hub_errors(source)
+    else:
+        guard = contextlib.nullcontext()
+    with guard:
+        yield from found
 
 
-def _memory_rows(data: Any, shuffle: bool) -> Iterable[Any]:
-    if hasattr(data, "map") and hasattr(data, "features"):  # a datasets object
-        return _shuffled(data) if shuffle else data
-    items = data.tolist() if hasattr(data, "tolist") else list(data)
-    order = np.random.default_rng(POOL_SEED).permutation(len(items)) if shuffle else range(len(items))
-    return [items[i] for i in order]
+def _is_stream(data: Any) -> bool:
+    return not hasattr(data, "__len__")
 
 
-def _shuffled(data: Any) -> Any:
-    """A `datasets` object in the order of the pool seed; of a stream, as far as the buffer reaches."""
-    streamed = not hasattr(data, "__len__")
-    return data.shuffle(seed=POOL_SEED, buffer_size=SHUFFLE_BUFFER) if streamed else data.shuffle(seed=POOL_SEED)
+def _shuffled(data: Any) -> Iterable[Any]:
+    """Rows in the order of the pool seed; of a stream, as far as the buffer reaches."""
+    if _is_dataset(data):
+        return data.shuffle(seed=POOL_SEED, **({"buffer_size": SHUFFLE_BUFFER} if _is_stream(data) else {}))
+    items = data.tolist() if hasattr(data, "tolist") else data
+    return (items[i] for i in np.random.default_rng(POOL_SEED).permutation(len(items)))
 
 
-def _local_rows(path: Path, shuffle: bool) -> Iterable[Any]:
+def _order(data: Any) -> dict[str, str]:
+    """What it takes to have the rows in the same order again."""
+    made = {"shuffle_seed": str(POOL_SEED)}
+    if _is_dataset(data):
+        import datasets
+
+        made |= {"datasets": datasets.__version__}
+        if _is_stream(data):
+            made |= {"shuffle_buffer": str(SHUFFLE_BUFFER)}
+    return made
+
+
+def _load_files(path: Path) -> Any:
     """Files are read through `datasets`, which maps them from disk; a text file's documents are its paragraphs."""
     import datasets
 
     kinds: dict[str, list[str]] = {}
     for file in _files(path):
-        kinds.setdefault(SUFFIXES[file.suffix], []).append(str(file))
-    parts = []
-    for kind, files in kinds.items():
-        options = {"sample_by": "paragraph"} if kind == "text" else {}
-        try:
-            parts.append(datasets.load_dataset(kind, data_files=files, split="train", **options))
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
-    whole = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    return _shuffled(whole) if shuffle else whole
+        kinds.setdefault(SUFFIXES[file.suffix], []).append(glob.escape(str(file)))
+    options = {"text": {"sample_by": "paragraph"}}
+    with _file_errors(path):
+        parts = [
+            datasets.load_dataset(kind, data_files=files, split="train", **options.get(kind, {}))
+            for kind, files in kinds.items()
+        ]
+        shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+        if not shared:
+            raise ValueError("its files have no column in common")
+        return datasets.concatenate_datasets([part.select_columns(shared) for part in parts])
 
 
-def _hub_rows(source: CalibrationSource, token: str | None, shuffle: bool) -> tuple[CalibrationSource, Iterable[Any]]:
+@contextlib.contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """Failures to read a local file become one sentence that names it."""
+    import datasets
+
+    try:
+        yield
+    except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:  # StopIteration: only white space
+        raise ValueError(f"{path} cannot be read: {_sentence(error.__cause__ or error)}") from error
+
+
+def _load_from_hub(source: CalibrationSource, token: str | None) -> tuple[CalibrationSource, Any]:
+    """Streams what is on the Hub at a resolved revision; offline, what an earlier `load_dataset` left in the cache."""
     import datasets
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    repo, name = str(source.repo), source.name
-    offline = huggingface_hub.is_offline_mode()
-    try:
-        revision = source.revision
-        if not offline:
-            revision = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=source.revision).sha
+    repo, revision = str(source.repo), source.revision
+    online = not huggingface_hub.is_offline_mode()
+    with _hub_errors(source):
+        if online:
+            revision = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision).sha
         found = datasets.load_dataset(
-            repo, source.subset, split=source.split, revision=revision, token=token, streaming=not offline
+            repo, source.subset, split=source.split, revision=revision, token=token, streaming=online
         )
-    except GatedRepoError as error:
+    return replace(source, revision=revision), found
+
+
+@contextlib.contextmanager
+def _hub_errors(source: CalibrationSource) -> Iterator[None]:
+    """Failures of the Hub, and of `datasets` on what it serves, become one sentence that names the source."""
+    import huggingface_hub
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import httpx
+
+    name, repo = source.name, source.repo
+    try:
+        yield
+    except (GatedRepoError, DatasetNotFoundError) as error:  # the latter only after the repo itself was found
         raise ValueError(
             f"{name!r}: {repo} is gated. Accept its terms on the Hub, then log in or pass a token."
         ) from error
@@ -200,12 +282,20 @@ def _hub_rows(source: CalibrationSource, token: str | None, shuffle: bool) -> tu
         raise ValueError(f"{name!r}: {repo} is not on the Hub, or it is private and needs a token.") from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{name!r}: {repo} has no revision {source.revision!r}.") from error
-    except (OSError, HfHubHTTPError) as error:  # every failure to connect is an OSError
-        why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else "it cannot be reached"
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError, httpx.HTTPError) as error:
+        offline = huggingface_hub.is_offline_mode()
+        why = "HF_HUB_OFFLINE is set and it is not in the local cache." if offline else _sentence(error)
         raise ConnectionError(
-            f"{name!r} needs the Hub data set {repo}, but {why}. Local files work without the Hub: NAME=PATH:CAPABILITY."
+            f"{name!r} needs the Hub data set {repo}, which cannot be reached: {why} "
+            "Local files work without the Hub: NAME=PATH:CAPABILITY."
         ) from error
-    return replace(source, revision=revision), _shuffled(found) if shuffle else found
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name!r}: {repo} cannot be read: {_sentence(error)}") from error
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error of a library says, on one line and with a full stop."""
+    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".") + "."
 
 
 # ------------------------------------------------------------------------------------------------ pools
@@ -224,7 +314,8 @@ def build_pool(
     """Tokenises documents from all over a source, joins them with the end-of-sequence token, and cuts windows.
 
     Reads until there are 4 x `wanted` windows of `length` tokens, or the source ends; nothing is padded. Token ids that
-    come in rows of exactly `length` are samples already and stay as they are.
+    come in rows of exactly `length` are samples already and stay as they are. A text of more than 2^20 characters
+    counts as several documents, so that a file without blank lines is not tokenised whole.
 
     Raises:
         `ValueError` where the source gives fewer than `wanted` windows, or ids outside `vocabulary`.
@@ -233,6 +324,8 @@ def build_pool(
         raise ValueError(
             "The tokenizer has no end-of-sequence token to put between documents; set tokenizer.eos_token."
         )
+    if opened.source.text.startswith("chat:") and not tokenizer.chat_template:
+        logger.warning("The tokenizer has no chat template; the messages of a chat are joined by blank lines.")
     source, stream = rows(opened, token)
     target = POOL_FACTOR * wanted
     windows, documents_read, tokens = _fill(source, stream, tokenizer, length, target, on_progress)
@@ -246,7 +339,8 @@ def build_pool(
             f"Source {source.name!r} holds token id {windows.max() if windows.max() >= vocabulary else windows.min()}; "
             f"the model's vocabulary has ids 0 to {vocabulary - 1}."
         )
-    return Pool(replace(source, pool=_provenance(source, documents_read, len(windows))), windows)
+    made = {"documents": str(documents_read), "windows": str(len(windows))}
+    return Pool(replace(source, pool=source.pool | made), windows)
 
 
 def _fill(
@@ -260,44 +354,55 @@ def _fill(
     buffer: list[int] = []
     ready: list[list[int]] = []
     count = tokens = 0
-    for ids in _token_ids(source, stream, tokenizer):
+    for ids, made_already in _token_ids(source, stream, tokenizer):
+        if not ids:
+            continue
         count += 1
         tokens += len(ids)
-        if len(ids) == length and not buffer:
+        if made_already and len(ids) == length:
             ready.append(ids)
         else:
-            buffer += [*ids, int(tokenizer.eos_token_id)]
+            buffer += [int(tokenizer.eos_token_id), *ids] if buffer else ids
         done = len(ready) + len(buffer) // length
         if on_progress is not None:
             on_progress(min(done, target), target, source.name)
         if done >= target:
             break
+    if on_progress is not None:
+        on_progress(target, target, source.name)
     cut = [buffer[i : i + length] for i in range(0, len(buffer) - length + 1, length)]
     return np.array((ready + cut)[:target], dtype=np.int64).reshape(-1, length), count, tokens
 
 
 def _token_ids(
     source: CalibrationSource, stream: Iterable[Any], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[list[int]]:
-    """Each document's token ids, without special tokens; texts are tokenised 32 at a time."""
+) -> Iterator[tuple[list[int], bool]]:
+    """Each document's token ids, without special tokens, and whether the source held them as ids."""
     texts: list[str] = []
-    for row in stream:
-        found = document(source, row, tokenizer)
+    for found in _documents(source, stream, tokenizer):
         if isinstance(found, list):
-            yield found
-        elif found.strip():
-            texts.append(found)
-        if len(texts) == 32:
-            yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            yield found, True
+            continue
+        texts.append(found)
+        if sum(map(len, texts)) >= TOKENIZED_TOGETHER:
+            yield from _tokenised(texts, tokenizer)
             texts = []
     if texts:
-        yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from _tokenised(texts, tokenizer)
 
 
-def _provenance(source: CalibrationSource, documents: int, windows: int) -> dict[str, str]:
-    import datasets
+def _tokenised(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], bool]]:
+    return ((ids, False) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
-    made = {"documents": str(documents), "windows": str(windows), "shuffle_seed": str(POOL_SEED)}
-    if source.repo is not None:
-        made |= {"shuffle_buffer": str(SHUFFLE_BUFFER), "datasets": datasets.__version__}
-    return made
+
+def _documents(
+    source: CalibrationSource, stream: Iterable[Any], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str | list[int]]:
+    """Each row's token ids or text; a long text in pieces from all over it."""
+    for row in stream:
+        found = document(source, row, tokenizer)
+        if isinstance(found, str) and len(found) > LONGEST_TEXT:
+            starts = np.random.default_rng(POOL_SEED).permutation(range(0, len(found), LONGEST_TEXT))
+            yield from (found[i : i + LONGEST_TEXT] for i in starts)
+        elif isinstance(found, list) or found.strip():
+            yield found

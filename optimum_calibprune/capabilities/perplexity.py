@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..calibration.measure import Progress, mean_nll
+from ..calibration.readers import document
 from ..calibration.sources import OpenSource, rows
-from ..records import CalibrationSource
+from ..records import CalibrationSource, PerplexityReport
 
 
 if TYPE_CHECKING:
@@ -19,16 +21,30 @@ if TYPE_CHECKING:
 WIKITEXT2 = CalibrationSource("WikiText-2", "general", "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
 
 
-def read_text(source: CalibrationSource, token: str | None = None) -> str:
-    """The whole text of a source, its rows joined by blank lines, as the GPTQ and SparseGPT code does for WikiText-2.
+@dataclass(frozen=True)
+class Text:
+    """Windows `[windows, length]` of a text, or None where it cannot be had; then the report says why."""
 
-    Raises `ConnectionError` or `ValueError` where it cannot be had.
+    windows: np.ndarray | None
+    report: PerplexityReport
+
+
+def read(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: int, token: str | None = None) -> Text:
+    """The text of a source, its rows joined by blank lines, as the GPTQ and SparseGPT code does with WikiText-2.
+
+    Raises `ValueError` for a local file that cannot be read or has less than one window: the user named it.
     """
-    _, found = rows(OpenSource(source), token, shuffle=False)
-    return "\n\n".join(row["text"] for row in found)
+    try:
+        _, found = rows(OpenSource(source), token, shuffle=False)
+        windows = cut("\n\n".join(str(document(source, row, tokenizer)) for row in found), tokenizer, length)
+    except (ConnectionError, ValueError) as error:
+        if source.path is not None:
+            raise
+        return Text(None, PerplexityReport(source.name, length, reason=str(error)))
+    return Text(windows, PerplexityReport(source.name, length, tokens=int(windows.size)))
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> np.ndarray:
+def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
     """Token ids `[windows, length]` of a text; the rest that fills no window is left out."""
     ids = np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
     if len(ids) < length:

@@ -34,6 +34,7 @@ class Hessian:
         self._sum = torch.zeros(columns, columns, device=device, dtype=dtype)
         self._factors: dict[float, Factor] = {}
 
+    @torch.no_grad()
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Adds inputs `[..., columns]`; with `weights` `[samples]`, the rows of `x[i]` count `weights[i]` times."""
         rows = x.flatten(0, -2)
@@ -63,27 +64,29 @@ class Hessian:
 
     @property
     def matrix(self) -> Tensor:
-        """H, undamped, `[columns, columns]`."""
-        return self._sum * (2.0 / self.tokens)
+        """H, undamped, `[columns, columns]`; `ValueError` where it has seen no tokens, or NaN or infinity."""
+        if self.tokens == 0:
+            raise ValueError("The Hessian has no tokens; add inputs first.")
+        matrix = self._sum * (2.0 / self.tokens)
+        if not bool(matrix.diagonal().isfinite().all()):
+            raise ValueError("The Hessian holds NaN or infinity; the calibration inputs of this layer are not finite.")
+        return matrix
 
     def factor(self, damping: float = 0.01) -> Factor:
         """The factor of the inverse, computed once for all layers that share this input.
 
         `damping` times the mean of the diagonal is added to it. If the factorisation fails: float64 at the same damping,
-        then 10 %, then 100 %; then `ValueError`.
+        then 10 %, then 100 % (never less than was asked); then `ValueError`.
         """
-        if self.tokens == 0:
-            raise ValueError("A Hessian without tokens cannot be factored; add inputs first.")
         if damping not in self._factors:
             self._factors[damping] = _factor(self.matrix, damping)
         return self._factors[damping]
 
 
 def _factor(H: Tensor, damping: float) -> Factor:
-    if not H.diagonal().isfinite().all():
-        raise ValueError("The Hessian holds NaN or infinity; the calibration inputs of this layer are not finite.")
     dead = H.diagonal() == 0
-    for dtype, share in ((H.dtype, damping), (torch.float64, damping), (torch.float64, 0.1), (torch.float64, 1.0)):
+    more = [share for share in (0.1, 1.0) if share > damping]
+    for dtype, share in [(H.dtype, damping), *((torch.float64, share) for share in (damping, *more))]:
         damped = H.to(dtype, copy=True)
         mean = damped.diagonal().mean()
         damped.diagonal().add_(share * mean)
@@ -97,13 +100,16 @@ def _factor(H: Tensor, damping: float) -> Factor:
 
 
 def inverse_factor(H: Tensor) -> Tensor | None:
-    """Upper triangular `U` with H^-1 = U^T U, or None where H is not positive definite.
+    """Upper triangular `U` with H^-1 = U^T U, or None where H is not positive definite as far as its dtype can tell.
 
     With P the reversal of rows and columns and P H P = L L^T: H = (P L P)(P L P)^T, and U = P L^-1 P is the inverse of
-    its left part: one Cholesky and one triangular inverse.
+    its left part: one Cholesky and one triangular inverse. A pivot that is all rounding error counts as a failure:
+    Cholesky passes a singular matrix where the error happens to be positive.
     """
-    L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-    if int(info) != 0:
+    reversed_H = H.flip(0, 1)
+    L, info = torch.linalg.cholesky_ex(reversed_H)
+    lost = L.diagonal().square() <= 16 * torch.finfo(H.dtype).eps * reversed_H.diagonal()
+    if int(info) != 0 or bool(lost.any()):
         return None
     identity = torch.eye(len(H), device=H.device, dtype=H.dtype)
     U = torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1)

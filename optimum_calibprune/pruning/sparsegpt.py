@@ -33,22 +33,25 @@ class Solution:
     rescue: str
 
 
+@torch.no_grad()
 def solve(
     W: Tensor, H: Hessian, pattern: SparsityPattern, *, method: str = "sparsegpt", damping: float = 0.01
 ) -> Solution:
     """Prunes one weight matrix `[rows, columns]` to `pattern`; its arguments are left as they were.
 
-    Raises `ValueError` for weights that are not finite, for columns that m does not divide, and for a Hessian that
-    cannot be factored.
+    Raises `ValueError` for weights that are not finite, before or after; for columns that m does not divide; and for a
+    Hessian that is empty, not finite, or cannot be factored.
     """
     if not bool(W.isfinite().all()):
         raise ValueError("The weight holds NaN or infinity.")
     if pattern.m is not None and W.shape[1] % pattern.m:
         raise ValueError(f"{W.shape[1]} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
     matrix = H.matrix
-    updated, mask, dead, used, rescue = METHODS[method](W.to(matrix.dtype), H, pattern, damping)
+    updated, mask, dead, used, rescue = METHODS[method](W, H, pattern, damping)
     weight = updated.masked_fill(mask, 0.0).to(W.dtype)
     weight = torch.where(weight == 0, torch.zeros_like(weight), weight).contiguous()  # no minus zero
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"An updated weight does not fit into {W.dtype}; load the model in a dtype of wider range.")
     found = int((weight == 0).sum())
     return Solution(
         weight=weight,
@@ -72,10 +75,11 @@ def _why(weight: Tensor, mask: Tensor, dead: Tensor) -> str:
 
 
 def _relative_error(W: Tensor, weight: Tensor, H: Tensor) -> float:
-    W = W.to(H.dtype)
-    D = weight.to(H.dtype) - W
-    change = ((D @ H) * D).sum(dtype=torch.float64)
-    total = ((W @ H) * W).sum(dtype=torch.float64)
+    scale, energy = W.abs().max().to(H.dtype), H.diagonal().max()  # taken out first: tiny weights would underflow
+    W = W.to(H.dtype) / scale
+    D = weight.to(H.dtype) / scale - W
+    change = ((D @ H) / energy * D).sum(dtype=torch.float64)
+    total = ((W @ H) / energy * W).sum(dtype=torch.float64)
     return float(change / total) if float(total) > 0 else 0.0
 
 
@@ -84,10 +88,13 @@ _Answer = tuple[Tensor, Tensor, Tensor, float, str]  # weights, mask, dead input
 
 def _sparsegpt(W: Tensor, H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
     """SparseGPT (Frantar and Alistarh 2023): blocks of columns; within each window the weights with the smallest
-    w^2 / U_jj^2 go, and their errors are moved into the columns to the right."""
+    w^2 / U_jj^2 go, and their errors are moved into the columns to the right.
+
+    The order is that of |w| / U_jj, which is what is compared: squares of small weights would underflow into ties.
+    """
     factor = H.factor(damping)
     U = factor.U
-    W = W.masked_fill(factor.dead, 0.0)
+    W = W.to(U.dtype).masked_fill(factor.dead, 0.0)
     mask = torch.zeros_like(W, dtype=torch.bool)
     columns = W.shape[1]
     width = BLOCK if pattern.m is None else BLOCK - BLOCK % pattern.m
@@ -95,7 +102,7 @@ def _sparsegpt(W: Tensor, H: Hessian, pattern: SparsityPattern, damping: float) 
         block = slice(start, min(start + width, columns))
         window, corner = W[:, block], U[block, block]
         if pattern.m is None:
-            scores = (window / corner.diagonal()).square()
+            scores = (window / corner.diagonal()).abs()
             chosen = reference.smallest(scores, round(pattern.fraction * window.numel()))
             W[:, block], errors, mask[:, block] = reference.sweep(window, corner, chosen)
         else:

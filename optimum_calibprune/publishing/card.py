@@ -34,7 +34,7 @@ def render(run: RunRecord, repo_id: str | None = None) -> str:
         "not_measured": sorted(run.capabilities.not_measured.items()) if run.capabilities else [],
         "perplexity": run.perplexity if run.perplexity and run.perplexity.dense is not None else None,
         "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
-        "upper_bound": ", ".join(s.name for s in run.sources if s.upper_bound and s.name in run.mix.shares),
+        "upper_bound": upper_bound(run),
         "zeros": f"{run.prune.zeros:,}",
         "weights": f"{run.prune.weights:,}",
         "share": _percent(run.prune.zeros / run.prune.weights, 2),
@@ -46,6 +46,11 @@ def render(run: RunRecord, repo_id: str | None = None) -> str:
     }
     card = ModelCard.from_template(_metadata(run), template_path=str(template_path()), **values)
     return str(card)
+
+
+def upper_bound(run: RunRecord) -> str:
+    """Names of the sources that were used and come from the generator of the probes; empty where there is none."""
+    return ", ".join(s.name for s in run.sources if s.upper_bound and s.name in run.mix.shares)
 
 
 def _metadata(run: RunRecord) -> ModelCardData:

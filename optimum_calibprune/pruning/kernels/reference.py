@@ -36,7 +36,7 @@ def sweep(W: Tensor, U: Tensor, mask: Tensor | None, n: int = 0, m: int = 0) -> 
         W: `[rows, width]`, the block's weights as the blocks to its left have updated them.
         U: `[width, width]`, the block on the diagonal of the upper Cholesky factor of the inverse Hessian.
         mask: `[rows, width]`, True where a weight is removed; None chooses by n:m as the sweep arrives.
-        n, m: at every m-th column, all but n of the next m weights of a row are removed, by smallest w^2 / U_jj^2.
+        n, m: at every m-th column, all but n of the next m weights of a row are removed, by smallest |w| / U_jj.
 
     Returns:
         new weights `[rows, width]`, errors `[rows, width]`, and the mask.
@@ -48,7 +48,7 @@ def sweep(W: Tensor, U: Tensor, mask: Tensor | None, n: int = 0, m: int = 0) -> 
     removed = chosen.t().contiguous()
     for j in range(width):
         if mask is None and j % m == 0:
-            scores = (columns[j : j + m] / U.diagonal()[j : j + m, None]).square().t()
+            scores = (columns[j : j + m] / U.diagonal()[j : j + m, None]).abs().t()
             removed[j : j + m] = smallest_in_groups(scores, m - n, m).t()
         errors[j] = torch.where(removed[j], columns[j] / U[j, j], 0.0)
         columns[j].masked_fill_(removed[j], 0.0)
