@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "_optimum_register": {"cli"},
 }
 HOMES = {  # each heavy library has one home
-    "datasets": {"calibration/sources.py", "capabilities/tasks.py"},
+    "datasets": {"calibration/from_hub.py", "calibration/sources.py", "capabilities/tasks.py"},
     "lm_eval": {"capabilities/score.py"},
     "greenlet": {"pruning/schedule.py"},
     "triton": set(),

@@ -60,6 +60,7 @@ def choose(
             tokenizer,
             length,
             wanted[entry.source.name],
+            enough=counts[entry.source.name],
             vocabulary=vocabulary,
             token=token,
             on_progress=on_read,

@@ -44,12 +44,17 @@ def _gsm8k(row: Mapping[str, Any]) -> str:
     return f"Question: {row['question']}\nAnswer: {solution}"
 
 
+def _mbpp(row: Mapping[str, Any]) -> str:
+    return "\n\n".join([row["text"], row["code"], "\n".join(row["test_list"])])
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "arc": _arc,
     "winogrande": _winogrande,
     "hellaswag": _hellaswag,
     "piqa": _piqa,
     "gsm8k": _gsm8k,
+    "mbpp": _mbpp,
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text in, pools of packed samples out: the table of Hub sources, local files, and data that is in memory already."""
+"""Text in, pools of packed samples out: from the Hub, from local files, from data that is in memory already."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..records import CAPABILITIES, CalibrationSource, unknown
+from .from_hub import hub_errors, load_from_hub, sentence
 from .readers import document
+from .table import SOURCES
 
 
 if TYPE_CHECKING:
@@ -29,32 +31,6 @@ SHUFFLE_BUFFER = 10_000  # rows
 TOKENIZED_TOGETHER = 2**17  # characters
 LONGEST_TEXT = 2**20  # characters
 SUFFIXES = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
-
-# Licences and revisions are not repeated here: the data set's own card states the one, a run resolves the other.
-SOURCES: dict[str, CalibrationSource] = {
-    source.name: source
-    for source in (
-        CalibrationSource("c4", "general", "allenai/c4", "en"),
-        CalibrationSource(
-            "wikitext2", "general", "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", text="{page}"
-        ),
-        CalibrationSource(
-            "ultrachat", "general", "HuggingFaceH4/ultrachat_200k", split="train_sft", text="chat:messages"
-        ),
-        CalibrationSource("arc", "general", "allenai/ai2_arc", "ARC-Easy", text="arc"),
-        CalibrationSource("winogrande", "commonsense", "allenai/winogrande", "winogrande_xl", text="winogrande"),
-        CalibrationSource("hellaswag", "commonsense", "Rowan/hellaswag", text="hellaswag"),
-        CalibrationSource("piqa", "commonsense", "baber/piqa", text="piqa"),
-        CalibrationSource(
-            "evol_codealpaca", "code", "theblackcat102/evol-codealpaca-v1", text="{instruction}\n\n{output}"
-        ),
-        CalibrationSource("mbpp", "code", "google-research-datasets/mbpp", "full", text="{text}\n\n{code}"),
-        CalibrationSource("gsm8k", "math", "openai/gsm8k", "main", text="gsm8k"),
-        CalibrationSource(
-            "hendrycks_math", "math", "EleutherAI/hendrycks_math", "algebra", text="{problem}\n\n{solution}"
-        ),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -169,7 +145,7 @@ def rows(
     if found is None and source.path is not None:
         found = _load_files(Path(source.path))
     elif found is None:
-        source, found = _load_from_hub(source, token)
+        source, found = load_from_hub(source, token)
     if shuffle:
         source = replace(source, pool=_order(found))
         found = _shuffled(found)
@@ -181,7 +157,7 @@ def _guarded(source: CalibrationSource, found: Iterable[Any]) -> Iterator[Any]:
     if source.path is not None:
         guard = _file_errors(Path(source.path))
     elif source.repo is not None:
-        guard = _hub_errors(source)
+        guard = hub_errors(source)
     else:
         guard = contextlib.nullcontext()
     with guard:
@@ -239,63 +215,7 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:  # StopIteration: only white space
-        raise ValueError(f"{path} cannot be read: {_sentence(error.__cause__ or error)}") from error
-
-
-def _load_from_hub(source: CalibrationSource, token: str | None) -> tuple[CalibrationSource, Any]:
-    """Streams what is on the Hub at a resolved revision; offline, what an earlier `load_dataset` left in the cache."""
-    import datasets
-    import huggingface_hub
-
-    repo, revision = str(source.repo), source.revision
-    online = not huggingface_hub.is_offline_mode()
-    with _hub_errors(source):
-        if online:
-            revision = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision).sha
-        found = datasets.load_dataset(
-            repo, source.subset, split=source.split, revision=revision, token=token, streaming=online
-        )
-    return replace(source, revision=revision), found
-
-
-@contextlib.contextmanager
-def _hub_errors(source: CalibrationSource) -> Iterator[None]:
-    """Failures of the Hub, and of `datasets` on what it serves, become one sentence that names the source."""
-    import huggingface_hub
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.utils import httpx
-
-    name, repo = source.name, source.repo
-    try:
-        yield
-    except (GatedRepoError, DatasetNotFoundError) as error:  # the latter only after the repo itself was found
-        raise ValueError(
-            f"{name!r}: {repo} is gated. Accept its terms on the Hub, then log in or pass a token."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{name!r}: {repo} is not on the Hub, or it is private and needs a token.") from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{name!r}: {repo} has no revision {source.revision!r}.") from error
-    except (LocalEntryNotFoundError, ConnectionError, TimeoutError, httpx.HTTPError) as error:
-        offline = huggingface_hub.is_offline_mode()
-        why = "HF_HUB_OFFLINE is set and it is not in the local cache." if offline else _sentence(error)
-        raise ConnectionError(
-            f"{name!r} needs the Hub data set {repo}, which cannot be reached: {why} "
-            "Local files work without the Hub: NAME=PATH:CAPABILITY."
-        ) from error
-    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{name!r}: {repo} cannot be read: {_sentence(error)}") from error
-
-
-def _sentence(error: BaseException) -> str:
-    """What an error of a library says, on one line and with a full stop."""
-    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".") + "."
+        raise ValueError(f"{path} cannot be read: {sentence(error.__cause__ or error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------ pools
@@ -307,6 +227,7 @@ def build_pool(
     length: int,
     wanted: int,
     *,
+    enough: int | None = None,
     vocabulary: int | None = None,
     token: str | None = None,
     on_progress: Progress | None = None,
@@ -318,7 +239,7 @@ def build_pool(
     counts as several documents, so that a file without blank lines is not tokenised whole.
 
     Raises:
-        `ValueError` where the source gives fewer than `wanted` windows, or ids outside `vocabulary`.
+        `ValueError` where the source gives fewer than `enough` windows (default: `wanted`), or ids outside `vocabulary`.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -329,9 +250,10 @@ def build_pool(
     source, stream = rows(opened, token)
     target = POOL_FACTOR * wanted
     windows, documents_read, tokens = _fill(source, stream, tokenizer, length, target, on_progress)
-    if len(windows) < wanted:
+    enough = wanted if enough is None else enough
+    if len(windows) < enough:
         raise ValueError(
-            f"Source {source.name!r} is too short: {wanted} samples of {length} tokens were asked of it, its "
+            f"Source {source.name!r} is too short: {enough} samples of {length} tokens were asked of it, its "
             f"{documents_read} documents give {len(windows)} ({tokens:,} tokens). Take fewer or shorter samples."
         )
     if vocabulary is not None and (windows.min() < 0 or windows.max() >= vocabulary):

@@ -36,7 +36,10 @@ def read(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: 
     """
     try:
         _, found = rows(OpenSource(source), token, shuffle=False)
-        windows = cut("\n\n".join(str(document(source, row, tokenizer)) for row in found), tokenizer, length)
+        documents = [document(source, row, tokenizer) for row in found]
+        if not all(isinstance(text, str) for text in documents):
+            raise ValueError(f"{source.name!r} holds token ids; perplexity is measured on a text.")
+        windows = cut("\n\n".join(documents), tokenizer, length)
     except (ConnectionError, ValueError) as error:
         if source.path is not None:
             raise

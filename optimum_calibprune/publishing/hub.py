@@ -110,17 +110,27 @@ def push_folder(
     create_pr: bool = False,
     commit_message: str | None = None,
 ) -> CommitInfo:
-    """Creates `repo_id` where it does not exist, and uploads a saved run in one commit."""
+    """Creates `repo_id` where it does not exist, and uploads a saved run in one commit.
+
+    Raises `HfHubHTTPError` where the Hub refuses, `ConnectionError` where it cannot be reached; the folder stays.
+    """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
 
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(folder),
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
-    )
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
+        )
+    except HfHubHTTPError:
+        raise
+    except httpx.HTTPError as error:
+        raise ConnectionError(f"The Hub cannot be reached: {error}") from error

@@ -313,3 +313,20 @@ def test_imbalance_by_hand() -> None:
     assert imbalance(nll, groups, 2.0) == pytest.approx(1.5)
     assert imbalance(nll, np.array(["a"] * 4), 2.0) == 0.0
     assert imbalance(np.ones(4), groups, 0.0) == 0.0
+
+
+def test_igsp_is_content_with_fewer_candidates_but_not_with_fewer_than_the_quota() -> None:
+    """A source that is smaller than four times its quota still takes part."""
+    generator = np.random.default_rng(0)
+    pools = [
+        Pool(CalibrationSource(name, room), generator.integers(0, 50, (size, 16)))
+        for name, room, size in (("small", "code", 5), ("large", "math", 40))
+    ]
+    rule = MixRule.parse("igsp")
+    sources = [pool.source for pool in pools]
+    counts, wanted = quotas(rule, sources, 8), windows_wanted(rule, sources, 8)
+    candidates = draw(pools, wanted, seed=0)
+    assert len(candidates.rows) == 5 + 16
+    chosen, mix = calibration_set(rule, candidates, counts, generator.random(len(candidates.rows)))
+    assert [row.group for row in chosen.rows].count("code") == 4
+    assert mix.quotas == {"code": 4, "math": 4}

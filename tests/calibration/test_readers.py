@@ -53,7 +53,7 @@ MBPP = {
     "task_id": 601,
     "text": "Write a function to add two numbers.",
     "code": "def add(a, b):\n    return {a: b}[a] + a",
-    "test_list": ["assert add(1, 1) == 2"],
+    "test_list": ["assert add(1, 1) == 2", "assert add(0, 1) == 1"],
     "test_setup_code": "",
     "challenge_test_list": [],
 }
@@ -71,7 +71,11 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
     "hellaswag": (HELLASWAG, "A man is sitting on a roof. he is ripping off tiles."),
     "piqa": (PIQA, "Question: Dry a wet shoe\nAnswer: Stuff it with newspaper."),
     "evol_codealpaca": ({"instruction": "Say hello.", "output": "print('hello')"}, "Say hello.\n\nprint('hello')"),
-    "mbpp": (MBPP, "Write a function to add two numbers.\n\ndef add(a, b):\n    return {a: b}[a] + a"),
+    "mbpp": (
+        MBPP,
+        "Write a function to add two numbers.\n\ndef add(a, b):\n    return {a: b}[a] + a\n\n"
+        "assert add(1, 1) == 2\nassert add(0, 1) == 1",
+    ),
     "gsm8k": (
         GSM8K,
         "Question: Ann has 3 pens and buys 4. How many?\nAnswer: She has 3+4=7 pens.\n#### 7",

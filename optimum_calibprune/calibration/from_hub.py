@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a Hub data set, streamed at a resolved revision; every failure of the Hub becomes one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ..records import CalibrationSource
+
+
+def load_from_hub(source: CalibrationSource, token: str | None) -> tuple[CalibrationSource, Any]:
+    """Streams what is on the Hub at a resolved revision; offline, what an earlier `load_dataset` left in the cache."""
+    import datasets
+    import huggingface_hub
+
+    repo, revision = str(source.repo), source.revision
+    online = not huggingface_hub.is_offline_mode()
+    with hub_errors(source):
+        if online:
+            revision = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision).sha
+        found = datasets.load_dataset(
+            repo, source.subset, split=source.split, revision=revision, token=token, streaming=online
+        )
+    return replace(source, revision=revision), found
+
+
+@contextlib.contextmanager
+def hub_errors(source: CalibrationSource) -> Iterator[None]:
+    """Failures of the Hub, and of `datasets` on what it serves, become one sentence that names the source."""
+    import huggingface_hub
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import httpx
+
+    name, repo = source.name, source.repo
+    try:
+        yield
+    except (GatedRepoError, DatasetNotFoundError) as error:  # the latter only after the repo itself was found
+        raise ValueError(
+            f"{name!r}: {repo} is gated. Accept its terms on the Hub, then log in or pass a token."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{name!r}: {repo} is not on the Hub, or it is private and needs a token.") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{name!r}: {repo} has no revision {source.revision!r}.") from error
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError, httpx.HTTPError) as error:
+        offline = huggingface_hub.is_offline_mode()
+        why = "HF_HUB_OFFLINE is set and it is not in the local cache." if offline else sentence(error)
+        raise ConnectionError(
+            f"{name!r} needs the Hub data set {repo}, which cannot be reached: {why} "
+            "Local files work without the Hub: NAME=PATH:CAPABILITY."
+        ) from error
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name!r}: {repo} cannot be read: {sentence(error)}") from error
+
+
+def sentence(error: BaseException) -> str:
+    """What an error of a library says, on one line and with a full stop."""
+    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".") + "."
