@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -24,7 +25,7 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 $(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || python3 -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(INSTALLED)
