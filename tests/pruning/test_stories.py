@@ -37,7 +37,7 @@ def halves() -> tuple[np.ndarray, np.ndarray]:
         body = np.array(ids[: len(ids) // (LENGTH - 1) * (LENGTH - 1)]).reshape(-1, LENGTH - 1)
         return np.concatenate([np.full((len(body), 1), begin), body], axis=1)
 
-    return windows(stories[:middle]), windows(stories[middle:])
+    return windows(stories[:middle]), windows(stories[middle:])[::2]
 
 
 def load() -> PreTrainedModel:
@@ -45,7 +45,7 @@ def load() -> PreTrainedModel:
 
 
 def perplexity(model: PreTrainedModel) -> float:
-    """On the second half, over tokens 2..length of each window."""
+    """On every second window of the second half, over tokens 2..length of each window."""
     return float(np.exp(mean_nll(model, halves()[1]).mean()))
 
 
@@ -83,7 +83,7 @@ def test_the_dense_model_reads_its_stories_as_well_as_it_should() -> None:
 
 @pytest.mark.parametrize(("asked", "share"), [("50%", 0.42), ("2:4", 1 / 3)])
 def test_sparsegpt_costs_a_fraction_of_what_magnitude_costs(asked: str, share: float) -> None:
-    """Measured: 0.40 at 50 % (24.4 against 53.3, dense 5.6), 0.30 at 2:4."""
+    """Measured: 0.39 at 50 % (perplexity 24.4 against 53.8, dense 5.6), 0.29 at 2:4."""
     assert 0 < run(asked, "sparsegpt").rise <= share * run(asked, "magnitude").rise
 
 
