@@ -88,6 +88,7 @@ def main() -> None:
         "versions": machine.versions(),
         "hardware": machine.hardware(torch.device("cpu")),
     }
+    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -44,6 +44,7 @@ def dense_scores() -> Scores:
 
 def run(name: str, seed: int, sparsity: str, dense: Scores) -> tuple[str, int, Scores, float, float, float]:
     """One cell: sparse scores, seconds, and the perplexity and 4-gram duplicate rate of the calibration set."""
+    import numpy as np
     import torch
 
     from optimum_calibprune.calibration import measure
@@ -52,24 +53,26 @@ def run(name: str, seed: int, sparsity: str, dense: Scores) -> tuple[str, int, S
     started = time.perf_counter()
     mix, sources = cells()[name]
     pruner = CalibPruner.from_pretrained("pocket", sparsity=sparsity, mix=mix, sources=sources, seed=seed)
-    pruner.prune(dense_scores=dense)
-    calibration = pruner.calibration
-    assert calibration is not None
-    original = CalibPruner.from_pretrained("pocket").model
-    perplexity = float(measure.np.exp(measure.mean_nll(original, calibration.input_ids).mean()))
-    duplicates = measure.duplicate_rate(measure.grams(calibration.input_ids))
-    return name, seed, pruner.scores["sparse"], time.perf_counter() - started, perplexity, duplicates
+    record = pruner.prune(dense_scores=dense)
+    seconds = time.perf_counter() - started
+    perplexity = float(np.exp(np.mean([np.log(sample.perplexity) for sample in record.samples])))
+    duplicates = measure.duplicate_rate(measure.grams(pruner.calibration.input_ids))
+    return name, seed, pruner.scores["sparse"], seconds, perplexity, duplicates
 
 
 def row(name: str, report: CapabilityReport, perplexity: float, duplicates: float) -> str:
     kept = {entry.capability: entry for entry in report.capabilities}
-    values = [
-        f"{100 * kept[c].retention:.1f} ({100 * kept[c].interval[0]:.0f} to {100 * kept[c].interval[1]:.0f})"
-        for c in CAPABILITIES
-    ]
-    low, high = report.total_interval
-    total = f"**{100 * report.total:.1f}** ({100 * low:.0f} to {100 * high:.0f})"
-    return " | ".join(["", name, f"{perplexity:.1f}", f"{100 * duplicates:.1f} %", *values, total, ""]).strip()
+    values = [_share(kept[c].retention, kept[c].interval) for c in CAPABILITIES]
+    total = _share(report.total, report.total_interval)
+    return " | ".join(
+        ["", name, f"{perplexity:.1f}", f"{100 * duplicates:.1f} %", *values, f"**{total}**", ""]
+    ).strip()
+
+
+def _share(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None or interval is None:
+        return "undefined"
+    return f"{100 * value:.1f} ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,14 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name, *rest = future.result()
             found[name].append(tuple(rest))
             print(f"{i + 1}/{len(jobs)} {name} seed {rest[0]}: {rest[2]:.0f} s", flush=True)
-    print("\n| calibration | perplexity | 4-gram duplicates | general | commonsense | code | math | total |")
-    print("|---|---|---|---|---|---|---|---|")
-    results = {}
+    results, lines = {}, []
     for name, draws in found.items():
         report = draws_report(dense, [scores for _, scores, *_ in draws])
         perplexity = sum(d[3] for d in draws) / len(draws)
         duplicates = sum(d[4] for d in draws) / len(draws)
-        print(row(name, report, perplexity, duplicates))
+        lines.append(row(name, report, perplexity, duplicates))
         results[name] = {
             "mix": cells()[name][0],
             "sources": cells()[name][1],
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for t in dense.tasks
             },
         }
+    RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(
         json.dumps(
             {
@@ -125,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         + "\n"
     )
+    print("\n| calibration | perplexity | 4-gram duplicates | general | commonsense | code | math | total |")
+    print("|---|---|---|---|---|---|---|---|")
+    print("\n".join(lines))
 
 
 def _bits(scores: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -109,11 +110,11 @@ def plan_text(plan: Plan) -> str:
 
 
 @contextmanager
-def _progress(stages: dict[str, Any] | None = None) -> Iterator[Callable[[int, int, str], None]]:
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar a stage on a terminal; silent elsewhere."""
     from tqdm import tqdm
 
-    bars: dict[str, Any] = {} if stages is None else stages
+    bars: dict[str, Any] = {}
     quiet = not sys.stderr.isatty()
 
     def show(done: int, total: int, text: str) -> None:
@@ -141,16 +142,21 @@ def _quiet_libraries() -> None:
 
 
 @contextmanager
-def _errors(code: int) -> Iterator[None]:
+def _errors(code: int, interrupted: str = "nothing was left behind") -> Iterator[None]:
     """Every expected failure becomes one sentence on stderr and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
-        _say("Interrupted; nothing was left behind.", to_stderr=True)
+        _say(f"Interrupted; {interrupted}.", to_stderr=True)
         sys.exit(FAILED)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         _say(f"Error: {' '.join(str(error).split()) or type(error).__name__}", to_stderr=True)
         sys.exit(code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which this module does not import
+            raise
+        _say(f"Error: out of GPU memory; try --device cpu, or fewer samples a --micro-batch. {error}", to_stderr=True)
+        sys.exit(FAILED)
 
 
 # --------------------------------------------------------------------------------------------- commands
@@ -180,7 +186,7 @@ class PruneCommand(BaseOptimumCLICommand):
         _quiet_libraries()
         arguments = self.args
         with _errors(BAD_ARGUMENTS):
-            from .publishing.card import retention_table, upper_bound
+            from .publishing.card import not_measured, retention_table, upper_bound
             from .publishing.hub import check_output
 
             check_output(arguments.output, arguments.overwrite)
@@ -196,6 +202,7 @@ class PruneCommand(BaseOptimumCLICommand):
                 _say(record.to_json().rstrip())
             else:
                 _say("\n" + _table(retention_table(record)))
+                _say("\n".join(f"Not measured: {line}" for line in not_measured(record)))
                 if upper_bound(record):
                     _say(f"An upper bound: {upper_bound(record)} come from the generator of the probes.")
                 _say(f"\nSaved to {arguments.output} ({record.prune.zeros / record.prune.weights:.2%} zeros).")
@@ -205,13 +212,15 @@ class PruneCommand(BaseOptimumCLICommand):
     def _push(self) -> None:
         from .publishing.hub import push_folder
 
-        with _errors(FAILED):
+        private = " --private" if self.args.private else ""
+        finish = f"hf upload {self.args.push_to_hub} {self.args.output}{private}"
+        with _errors(FAILED, f"the result is safe in {self.args.output}; finish with: {finish}"):
             try:
                 commit = push_folder(self.args.output, self.args.push_to_hub, private=self.args.private)
             except (OSError, ValueError) as error:
                 raise OSError(
-                    f"{self.args.push_to_hub} was not pushed: {error}. The result is safe in {self.args.output}; "
-                    f"finish with: hf upload {self.args.push_to_hub} {self.args.output}"
+                    f"{self.args.push_to_hub} was not pushed: {error} The result is safe in {self.args.output}; "
+                    f"finish with: {finish}"
                 ) from error
             _say(f"Pushed: {commit.commit_url}", to_stderr=self.args.json)
 
@@ -301,13 +310,15 @@ class EvaluateCommand(BaseOptimumCLICommand):
                 scores = pruner.evaluate(on_progress=show)
                 report = pruner.perplexity(on_progress=show)
             if arguments.json:
-                _say(scores.to_json().rstrip())
+                found = {"scores": scores.to_dict(), "perplexity": report.to_dict() if report is not None else None}
+                _say(json.dumps(found, indent=1))
                 return
             rows = [["capability", "task", "metric", "items", "score"]]
             for t in scores.tasks:
                 rows.append([t.capability, t.task, t.metric, str(len(t.item_scores)), f"{100 * t.value:.1f} %"])
-            rows += [[name, "not measured", reason, "", ""] for name, reason in scores.not_measured.items()]
             _say(_table(rows))
+            for name, reason in scores.not_measured.items():
+                _say(f"Not measured: {name}: {reason}")
             if report is not None:
                 found = f"{report.dense:.3f}" if report.dense is not None else f"not measured ({report.reason})"
                 _say(f"\nPerplexity on {report.text}, windows of {report.length} tokens: {found}")

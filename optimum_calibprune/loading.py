@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,9 @@ def load_model(
     cache_dir: str | Path | None,
     local_files_only: bool,
     trust_remote_code: bool,
+    check: Callable[[PreTrainedModel], None],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseModel]:
-    """Loads a causal language model; the config is read and checked before any weight.
+    """Loads a causal language model. Before any weight is read, `check` is asked about it on the meta device.
 
     Raises `OSError` where it cannot be had (which repo, and what to do), `ValueError` where it cannot be pruned.
     """
@@ -53,14 +55,15 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, **options)
         check_config(config)
+        check(_without_weights(name, config, trust_remote_code))
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
     except OSError as error:
         raise OSError(_why_not_loaded(name, error)) from error
     local = Path(path).exists()
-    licence, language = _card(name, token, local)
+    licence, language = _card(name, local, revision, token, cache_dir, local_files_only)
     base = BaseModel(
-        name=(pruned_from(name) or Path(name).resolve().name) if local and name != pocket.NAME else name,
+        name=Path(name).resolve().name if local and name != pocket.NAME else name,
         revision=None if local else _commit(name, revision, cache_dir),
         licence=licence,
         language=language,
@@ -79,6 +82,10 @@ def _device(asked: str) -> torch.device:
         raise ValueError(f"Unknown device {asked!r}; allowed: auto, cpu, cuda, cuda:0, ...") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"Device {asked!r} was asked for, but this machine has no CUDA device; use 'auto' or 'cpu'.")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"Device {asked!r} was asked for; this machine has {torch.cuda.device_count()} CUDA device(s)."
+        )
     return place
 
 
@@ -97,7 +104,25 @@ def _why_not_loaded(name: str, error: OSError) -> str:
             "Unset it, give a local folder, or use the bundled 'pocket'."
         )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"The model {name!r} cannot be loaded: {first}{hint} Without a network: a local folder, the bundled 'pocket', or HF_HUB_OFFLINE=1 for what is in the cache."
+    return (
+        f"The model {name!r} cannot be loaded: {first}{hint} Without a network: a local folder, the bundled 'pocket', or "
+        "HF_HUB_OFFLINE=1 for what is in the cache."
+    )
+
+
+def _without_weights(name: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is of type {config.model_type!r}, which transformers has no causal language model for. "
+            "Only decoder-only language models can be pruned."
+        ) from error
 
 
 def _commit(name: str, revision: str | None, cache_dir: str | Path | None) -> str | None:
@@ -111,21 +136,27 @@ def _commit(name: str, revision: str | None, cache_dir: str | Path | None) -> st
 def pruned_from(name: str) -> str | None:
     """Of a folder that holds a saved run, the name of the model that was pruned."""
     record = Path(name) / "calibprune.json"
-    return json.loads(record.read_text(encoding="utf-8"))["base"]["name"] if record.is_file() else None
+    return json.loads(record.read_text(encoding="utf-8")).get("base", {}).get("name") if record.is_file() else None
 
 
-def _card(name: str, token: str | None, local: bool) -> tuple[str | None, tuple[str, ...]]:
+def _card(
+    name: str,
+    local: bool,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> tuple[str | None, tuple[str, ...]]:
     """Licence and languages that the base model's own card states."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     if name == pocket.NAME:
         return pocket.LICENCE, ("en",)
-    readme = Path(name) / "README.md"
-    if local and not readme.is_file():
-        return None, ()
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        data = ModelCard.load(readme if local else name, token=token, ignore_metadata_errors=True).data
+        path = Path(name) / "README.md" if local else hf_hub_download(name, "README.md", **options)
+        data = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except (EntryNotFoundError, OSError, ValueError):  # a base model need not have a card
         return None, ()
     language = data.language or []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -85,7 +86,7 @@ class CalibPruner:
         self.model, self.tokenizer, self.token = model.eval(), tokenizer, token
         self.base = base or BaseModel(config.model, parameters=model.num_parameters())
         self.is_pocket = _is_pocket(config)
-        self.config = self._with_defaults(config)
+        self.config = _with_defaults(config, self.model)
         self.record: RunRecord | None = None
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
@@ -122,13 +123,14 @@ class CalibPruner:
         Raises:
             `ValueError` for bad options and models that cannot be pruned; `OSError` where a model cannot be had.
         """
-        names = [o.source.name for o in open_sources(sources)] if isinstance(sources, Mapping) else list(sources or ())
-        asked = CalibPruneConfig(
-            model=model,
-            sources=tuple(s.name if isinstance(s, CalibrationSource) else s for s in names),
-            **config,
-        )
-        _choose_tasks(asked), _choose_sources(asked, sources), _choose_perplexity_text(asked, perplexity_text)
+        if isinstance(sources, str | Path | CalibrationSource):
+            sources = [sources]
+        if sources is not None and not isinstance(sources, Mapping):
+            sources = [str(source) if isinstance(source, Path) else source for source in sources]
+        asked = CalibPruneConfig(model=model, sources=_names(sources), **config)
+        for check in (_choose_tasks, partial(_choose_sources, given=sources)):
+            check(asked)
+        _choose_perplexity_text(asked, perplexity_text)
         loaded, tokenizer, base = load_model(
             model,
             revision=asked.revision,
@@ -138,27 +140,17 @@ class CalibPruner:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
+            check=lambda empty: blocks.check_structure(empty, _with_defaults(asked, empty).sparsity),
         )
         return cls(loaded, tokenizer, asked, base=base, sources=sources, perplexity_text=perplexity_text, token=token)
-
-    # ------------------------------------------------------------------------------------------ choices
-
-    def _with_defaults(self, config: CalibPruneConfig) -> CalibPruneConfig:
-        samples, length = (pocket.SAMPLES, pocket.LENGTH) if self.is_pocket else (SAMPLES, LENGTH)
-        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        length = config.length or min(length, context or length)
-        if context is not None and length > context:
-            raise ValueError(f"length {length} exceeds the model's context of {context} tokens.")
-        samples = config.samples or samples
-        step = config.micro_batch or max(1, min(samples, MICRO_BATCH_TOKENS // length))
-        return replace(config, samples=samples, length=length, micro_batch=step)
 
     # ----------------------------------------------------------------------------------------- pipeline
 
     def plan(self) -> Plan:
         """What `prune()` will do: modules, matrices left alone, memory by place, replays, estimated seconds."""
-        config = reproduce.public_config(self.config, self.base)
-        quotas = mixes.quotas(config.mix, [entry.source for entry in self._sources], config.samples or SAMPLES)
+        sources = [entry.source for entry in self._sources]
+        config = reproduce.public_config(self.config, self.base, sources)
+        quotas = mixes.quotas(config.mix, sources, config.samples or SAMPLES)
         capabilities = [name for name in CAPABILITIES if name in {task.capability for task in self._tasks}]
         return make_plan(self.model, config, self._groups, sorted(quotas), capabilities)
 
@@ -178,6 +170,12 @@ class CalibPruner:
         """
         if self._pruned:
             raise ValueError("This model is pruned already; load it again for another run.")
+        if dense_scores is not None and {t.task for t in dense_scores.tasks} != {task.name for task in self._tasks}:
+            raise ValueError(
+                f"dense_scores are of {', '.join(t.task for t in dense_scores.tasks) or 'no task'}; this run measures "
+                f"{', '.join(task.name for task in self._tasks) or 'no task'}."
+            )
+        sources = [entry.source for entry in self._sources]
         seconds: dict[str, float] = {}
         plan = self.plan()
         with _timed(seconds, "calibrate"):  # first, since text that cannot be had is the likeliest failure
@@ -196,8 +194,8 @@ class CalibPruner:
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=reproduce.command(self.config, self.base),
-            config=reproduce.public_config(self.config, self.base),
+            command=reproduce.command(self.config, self.base, sources, self._perplexity_source),
+            config=reproduce.public_config(self.config, self.base, sources),
             base=self.base,
             plan=plan,
             sources=tuple(reproduce.public_source(source) for source in choice.sources),
@@ -208,7 +206,7 @@ class CalibPruner:
             fingerprint=self.calibration.fingerprint,
             prune=prune,
             capabilities=capability_report(dense, sparse),
-            perplexity=replace(text.report, dense=before, sparse=after) if text is not None else None,
+            perplexity=_filled(text, before, after) if text is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self.model.device),
             seconds=seconds,
@@ -276,16 +274,16 @@ class CalibPruner:
     def perplexity(self, *, on_progress: Progress | None = None) -> PerplexityReport | None:
         """Perplexity of the model as it is now, in the field `dense`; None where no text is set (the pocket)."""
         text = self._perplexity_text()
-        return replace(text.report, dense=self._perplexity(text, on_progress)) if text is not None else None
-
-    def _not_measured(self) -> dict[str, str]:
-        reason = "not asked for" if self.config.capabilities == ("none",) else NO_SUITE
-        return dict.fromkeys(CAPABILITIES, reason)
+        return _filled(text, self._perplexity(text, on_progress), None) if text is not None else None
 
     def _measure(self, stage: str, on_progress: Progress | None) -> Scores:
+        reason = NO_SUITE if not self.is_pocket else "not asked for"
+        asked = {task.capability for task in self._tasks}
+        missing = {name: reason for name in CAPABILITIES if name not in asked}
         if not self._tasks:
-            return Scores((), self._not_measured())
-        return measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
+            return Scores((), missing)
+        found = measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
+        return Scores(found.tasks, missing | found.not_measured)
 
     def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source
@@ -318,7 +316,9 @@ class CalibPruner:
             push_to_hub: upload it afterwards to `repo_id` (default: the folder's name), with the arguments `push`.
         """
         run, calibration = self._finished()
-        repo_id = repo_id or (Path(save_directory).name if push_to_hub else None)
+        token = push.pop("token", self.token)
+        if push_to_hub:
+            repo_id = hub.full_name(repo_id or Path(save_directory).resolve().name, token)
         hub.save_run(
             save_directory,
             self.model,
@@ -330,7 +330,7 @@ class CalibPruner:
             overwrite=overwrite,
         )
         if push_to_hub and repo_id is not None:
-            hub.push_folder(save_directory, repo_id, token=push.pop("token", self.token), **push)
+            hub.push_folder(save_directory, repo_id, token=token, **push)
 
     def push_to_hub(
         self,
@@ -344,6 +344,8 @@ class CalibPruner:
     ) -> CommitInfo:
         """Uploads checkpoint, tokenizer, records and card to `repo_id` in one commit; creates the repo if needed."""
         run, calibration = self._finished()
+        token = token or self.token
+        repo_id = hub.full_name(repo_id, token)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "run"
             hub.save_run(folder, self.model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
@@ -351,7 +353,7 @@ class CalibPruner:
                 folder,
                 repo_id,
                 private=private,
-                token=token or self.token,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message,
@@ -369,6 +371,29 @@ class CalibPruner:
 def _is_pocket(config: CalibPruneConfig) -> bool:
     """Whether the model is the bundled one, or was pruned from it."""
     return pocket.NAME in (config.model, pruned_from(config.model))
+
+
+def _names(sources: Sequence[str | CalibrationSource] | Mapping[str, Any] | None) -> tuple[str, ...]:
+    """What the config keeps of sources that may hold data."""
+    if isinstance(sources, Mapping):
+        return tuple(key.partition(":")[0] for key in sources)
+    return tuple(s.name if isinstance(s, CalibrationSource) else s for s in sources or ())
+
+
+def _with_defaults(config: CalibPruneConfig, model: PreTrainedModel) -> CalibPruneConfig:
+    samples, length = (pocket.SAMPLES, pocket.LENGTH) if _is_pocket(config) else (SAMPLES, LENGTH)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = config.length or min(length, context or length)
+    if context is not None and length > context:
+        raise ValueError(f"length {length} exceeds the model's context of {context} tokens.")
+    samples = config.samples or samples
+    step = config.micro_batch or max(1, min(samples, MICRO_BATCH_TOKENS // length))
+    return replace(config, samples=samples, length=length, micro_batch=step)
+
+
+def _filled(text: perplexities.Text, dense: float | None, sparse: float | None) -> PerplexityReport:
+    lost = text.windows is not None and dense is None
+    return replace(text.report, dense=dense, sparse=sparse, reason="it is not finite" if lost else text.report.reason)
 
 
 def _choose_tasks(config: CalibPruneConfig) -> list[Task]:

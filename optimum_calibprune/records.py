@@ -138,7 +138,10 @@ class SparsityPattern:
         return cls(fraction)
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.n is not None else f"{self.fraction * 100:.10g}%"
+        if self.n is not None:
+            return f"{self.n}:{self.m}"
+        percent = f"{self.fraction * 100:.10g}%"
+        return percent if float(percent[:-1]) / 100 == self.fraction else repr(self.fraction)
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ class MixRule:
         if isinstance(given, cls):
             return given
         kind, _, rest = given.strip().partition(":")
+        if kind not in MIXES:
+            raise unknown("mix", kind, MIXES)
         if kind == "single":
             return cls(kind, ((rest, 1.0),))
         pairs = [part.partition("=") for part in rest.split(",") if part]
@@ -181,7 +186,12 @@ class MixRule:
     def __str__(self) -> str:
         if self.kind == "single":
             return f"single:{self.weights[0][0]}"
-        return ":".join([self.kind, *([",".join(f"{n}={w:g}" for n, w in self.weights)] if self.weights else [])])
+        return ":".join(
+            [
+                self.kind,
+                *([",".join(f"{n}={w!r}".removesuffix(".0") for n, w in self.weights)] if self.weights else []),
+            ]
+        )
 
 
 # --------------------------------------------------------------------------------------------- the job

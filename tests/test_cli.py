@@ -121,6 +121,6 @@ def test_mix_shows_and_writes_a_calibration_set(tmp_path: Path) -> None:
 def test_evaluate_measures_the_dense_pocket(tmp_path: Path) -> None:
     done = run("evaluate", "pocket", "--capabilities", "general,math", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    scores = {t["task"]: t["item_scores"] for t in json.loads(done.stdout)["tasks"]}
+    scores = {t["task"]: t["item_scores"] for t in json.loads(done.stdout)["scores"]["tasks"]}
     assert sum(scores["pocket_general"]) / 400 > 0.98
     assert sum(scores["pocket_math"]) / 400 > 0.88

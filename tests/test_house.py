@@ -111,6 +111,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_the_command_line_imports_nothing_heavy_before_it_runs() -> None:
     assert not _modules_after("import optimum_calibprune.cli") & HEAVY
+    answer = "import sys; sys.argv[1:] = ['calibprune', 'prune', '--help']\n"
+    answer += "from optimum.commands.optimum_cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass"
+    assert not _modules_after(answer) & HEAVY
 
 
 def test_public_names_are_there() -> None:

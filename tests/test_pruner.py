@@ -270,7 +270,8 @@ def test_a_saved_run_is_measured_like_its_base_and_a_folder_named_pocket_is_not(
     saved: tuple[CalibPruner, Path], tmp_path: Path
 ) -> None:
     again = CalibPruner.from_pretrained(str(saved[1]), capabilities="general")
-    assert again.base.name == "pocket"
+    assert again.base.name == "pocket-50"
+    assert again.is_pocket
     assert again.evaluate().tasks[0] == saved[0].scores["sparse"].tasks[0]
     (tmp_path / "pocket").symlink_to(pocket.MODEL)
     assert not CalibPruner.from_pretrained(str(tmp_path / "pocket")).is_pocket

@@ -34,6 +34,7 @@ from optimum_calibprune.records import (
         ("4:8", 0.5, "4:8"),
         ("1:4", 0.75, "1:4"),
         (SparsityPattern(0.5), 0.5, "50%"),
+        (1 / 3, 1 / 3, "0.3333333333333333"),
     ],
 )
 def test_a_pattern_is_parsed_and_shown(given: str | float, fraction: float, shown: str) -> None:
@@ -51,7 +52,7 @@ def test_a_bad_pattern_is_refused_in_one_sentence(given: str | float | None) -> 
         SparsityPattern.parse(given)
 
 
-@pytest.mark.parametrize("given", ["single:c4", "uniform", "weighted:a=2,b=1", "igsp"])
+@pytest.mark.parametrize("given", ["single:c4", "uniform", "weighted:a=2,b=0.12345678", "igsp"])
 def test_a_mix_is_shown_as_it_was_given(given: str) -> None:
     assert str(MixRule.parse(given)) == given
 
@@ -60,6 +61,7 @@ def test_a_mix_is_shown_as_it_was_given(given: str) -> None:
     ("given", "message"),
     [
         ("unifrom", "Did you mean 'uniform'"),
+        ("singel:gsm8k", "Did you mean 'single'"),
         ("single", "names its source"),
         ("single:", "names its source"),
         ("weighted:", "names its sources"),

@@ -70,6 +70,13 @@ def choose(
     ]
     candidates = mix.draw(pools, wanted, seed)
     nll = measure.mean_nll(model, candidates.input_ids, on_measure)
+    bad = np.flatnonzero(~np.isfinite(nll))
+    if len(bad):
+        row = candidates.rows[bad[0]]
+        raise ValueError(
+            f"The dense model has no finite likelihood on sample {row.index} of source {row.origin!r}; its activations "
+            "overflow in this dtype. Try dtype='bfloat16' or 'float32'."
+        )
     calibration, account = mix.calibration_set(rule, candidates, counts, nll)
     places = {(row.origin, row.index): i for i, row in enumerate(candidates.rows)}
     chosen = [places[row.origin, row.index] for row in calibration.rows]

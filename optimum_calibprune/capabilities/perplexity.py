@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
+LARGEST = 700.0  # nats, near the end of float64; a NaN is not below it either
 WIKITEXT2 = CalibrationSource("WikiText-2", "general", "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
 
 
@@ -34,6 +38,8 @@ def read(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: 
 
     Raises `ValueError` for a local file that cannot be read or has less than one window: the user named it.
     """
+    import huggingface_hub
+
     try:
         _, found = rows(OpenSource(source), token, shuffle=False)
         documents = [document(source, row, tokenizer) for row in found]
@@ -43,7 +49,9 @@ def read(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: 
     except (ConnectionError, ValueError) as error:
         if source.path is not None:
             raise
-        return Text(None, PerplexityReport(source.name, length, reason=str(error)))
+        logger.warning("Perplexity is not measured: %s", error)
+        offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.is_offline_mode() else ""
+        return Text(None, PerplexityReport(source.name, length, reason=f"{source.repo} cannot be had here{offline}"))
     return Text(windows, PerplexityReport(source.name, length, tokens=int(windows.size)))
 
 
@@ -55,6 +63,7 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarra
     return ids[: len(ids) // length * length].reshape(-1, length)
 
 
-def perplexity(model: PreTrainedModel, windows: np.ndarray, on_progress: Progress | None = None) -> float:
-    """exp of the mean negative log-likelihood of tokens 2..length of every window."""
-    return float(np.exp(mean_nll(model, windows, on_progress).mean()))
+def perplexity(model: PreTrainedModel, windows: np.ndarray, on_progress: Progress | None = None) -> float | None:
+    """exp of the mean negative log-likelihood of tokens 2..length of every window; None where it is not finite."""
+    mean = mean_nll(model, windows, on_progress).mean()
+    return float(np.exp(mean)) if mean < LARGEST else None

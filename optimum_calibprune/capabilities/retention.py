@@ -30,8 +30,9 @@ def draws_report(dense: Scores, draws: Sequence[Scores], *, seed: int = 0) -> Ca
     generator = np.random.default_rng(seed)
     entries, replicates = [], []
     for capability in CAPABILITIES:
+        missing = {name for scores in draws for name in scores.not_measured}
         tasks = [task for task in dense.tasks if task.capability == capability]
-        if not tasks:
+        if not tasks or capability in missing:
             continue
         matched = [[_counterpart(task, scores) for task in tasks] for scores in draws]
         entry, samples = _retention(capability, tasks, matched, generator)
@@ -44,7 +45,7 @@ def draws_report(dense: Scores, draws: Sequence[Scores], *, seed: int = 0) -> Ca
         total=sum(kept.values()) / len(kept) if kept else None,
         total_interval=_interval(np.mean(replicates, axis=0)) if replicates else None,
         worst=min(kept, key=lambda name: kept[name]) if kept else None,
-        not_measured=dict(dense.not_measured),
+        not_measured={name: why for scores in (dense, *draws) for name, why in scores.not_measured.items()},
     )
 
 
@@ -70,7 +71,7 @@ def _retention(
     dense = float(np.mean([task.value for task in tasks]))
     sparse = float(np.mean([[task.value for task in draw] for draw in draws]))
     chance = float(np.mean([task.chance for task in tasks]))
-    above = _interval(dense_samples)[0] > chance
+    above = _interval(dense_samples)[0] > chance and dense_samples.min() > 0
     ratio = sparse_mean / dense_samples if above else None
     entry = CapabilityRetention(
         capability=capability,

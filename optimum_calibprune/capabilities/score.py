@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..records import Scores, TaskScore
-from .sandbox import isolation, run_programs
+from .sandbox import SandboxUnavailable, isolation, run_programs
 from .tasks import Task, lm_eval_config, read
 
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+BATCH_SIZE = 64
 Progress = Callable[[int, int, str], None]
 Responses = list[list[Any]]  # for each item what lm-eval returned: (log-likelihood, greedy) a choice, or one text
 
@@ -26,7 +27,6 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     *,
-    batch_size: int = 64,
     on_progress: Progress | None = None,
 ) -> Scores:
     """The score of every item of every task. Generated code runs in the sandbox, or, where nothing can be isolated
@@ -38,7 +38,7 @@ def measure(
     engine = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
-        batch_size=batch_size,
+        batch_size=BATCH_SIZE,
         softmax_dtype="float32",
         device=str(model.device),
     )
@@ -52,9 +52,12 @@ def measure(
             not_measured[task.capability] = f"generated code cannot be isolated here: {isolation().reason}"
             continue
         responses = _responses(engine, task)
-        results.append(
-            TaskScore(task.name, task.capability, task.kind, task.chance, score(task, responses, tokenizer))
-        )
+        try:
+            items = score(task, responses, tokenizer)
+        except SandboxUnavailable as error:  # what worked at the start may fail later, on a machine without memory
+            not_measured[task.capability] = str(error)
+            continue
+        results.append(TaskScore(task.name, task.capability, task.kind, task.chance, items))
     if on_progress is not None:
         on_progress(len(tasks), len(tasks), "")
     return Scores(tuple(results), not_measured)

@@ -98,8 +98,7 @@ def prunable(block: nn.Module) -> dict[str, nn.Module]:
 
 def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
     """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
-    check_config(model.config)
-    blocks_name, blocks = find_blocks(model)
+    check_structure(model, pattern)
     home = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.device != home:
@@ -107,6 +106,21 @@ def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
                 f"{name} is on {parameter.device}: offloaded, or apart from the rest. Edits of it would be lost; load the "
                 "model on one device, without device_map or offloading."
             )
+    for name, module in _pruned_modules(model).items():
+        if not bool(module.weight.isfinite().all()):
+            raise ValueError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged.")
+    _check_replay(model)
+
+
+def _pruned_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    blocks_name, blocks = find_blocks(model)
+    return {f"{blocks_name}.{i}.{n}": module for i, b in enumerate(blocks) for n, module in prunable(b).items()}
+
+
+def check_structure(model: PreTrainedModel, pattern: SparsityPattern) -> None:
+    """The part of `check_model` that needs no weights, for a model on the meta device."""
+    check_config(model.config)
+    blocks_name, blocks = find_blocks(model)
     for name, module in blocks.named_modules():
         full = f"{blocks_name}.{name}"
         for key, parameter in module.named_parameters(recurse=False):
@@ -115,16 +129,13 @@ def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
                     f"{full}.{key} holds several matrices in one tensor of shape {tuple(parameter.shape)}, as fused experts "
                     "do. They cannot be pruned yet, and pruning the rest alone would leave much of the model dense."
                 )
-    pruned = [(f"{blocks_name}.{i}.{n}", module) for i, b in enumerate(blocks) for n, module in prunable(b).items()]
+    pruned = _pruned_modules(model)
     if not pruned:
         raise ValueError(f"The blocks of {type(model).__name__} hold no linear layer that can be pruned.")
-    for full, module in pruned:
+    for full, module in pruned.items():
         columns = weight_of(module).shape[1]
         if pattern.m is not None and columns % pattern.m:
             raise ValueError(f"{full} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
-        if not bool(module.weight.isfinite().all()):
-            raise ValueError(f"{full}.weight holds NaN or infinity; the checkpoint is damaged.")
-    _check_replay(model)
 
 
 @torch.no_grad()
@@ -256,8 +267,11 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> tuple[Tensor, list[Call]]:
-    """Hidden states that enter the first block, and each block's own `Call`, for one micro-batch `[samples, length]`.
+def capture(
+    model: PreTrainedModel, input_ids: Tensor, device: torch.device, count: int | None = None
+) -> tuple[Tensor, list[Call]]:
+    """Hidden states that enter the first block, and the `Call` of each block (or of the first `count`), for one
+    micro-batch `[samples, length]`.
 
     Calls depend on the shape of the micro-batch, not on its content, so one capture serves all of a shape.
     """
@@ -270,7 +284,7 @@ def capture(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> 
             first.append(args[0] if args else kwargs["hidden_states"])
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         calls.append(Call(_to(args[1:], device), _to(rest, device)))
-        if len(calls) == len(blocks):
+        if len(calls) == (count or len(blocks)):
             raise _Stop
 
     with _hooks([block.register_forward_pre_hook(arrive, with_kwargs=True) for block in blocks]):
@@ -278,19 +292,9 @@ def capture(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> 
     return first[0].to(device), calls
 
 
-@torch.no_grad()
 def embed(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Tensor:
     """Hidden states that enter the first block, `[samples, length, width]`."""
-    _, blocks = find_blocks(model)
-    first: list[Tensor] = []
-
-    def arrive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
-
-    with _hooks([blocks[0].register_forward_pre_hook(arrive, with_kwargs=True)]):
-        _run_until_stopped(model, input_ids)
-    return first[0].to(device)
+    return capture(model, input_ids, device, count=1)[0]
 
 
 def _run_until_stopped(model: PreTrainedModel, input_ids: Tensor) -> None:

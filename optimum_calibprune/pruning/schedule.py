@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -77,8 +78,17 @@ def resident_micro_batches(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available
+        free = _free_memory()
     return max(0, int(free / 2 / (width * tokens * size)))
+
+
+def _free_memory() -> int:
+    """What this process may still take: of the machine, or of the container that it runs in."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    free = psutil.virtual_memory().available
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 @torch.no_grad()

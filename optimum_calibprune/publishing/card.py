@@ -32,7 +32,7 @@ def render(run: RunRecord, repo_id: str | None = None) -> str:
         "capabilities": _capability_rows(run),
         "total": _total(run),
         "not_measured": sorted(run.capabilities.not_measured.items()) if run.capabilities else [],
-        "perplexity": run.perplexity if run.perplexity and run.perplexity.dense is not None else None,
+        "perplexity": run.perplexity if run.perplexity and run.perplexity.sparse is not None else None,
         "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
         "upper_bound": upper_bound(run),
         "zeros": f"{run.prune.zeros:,}",
@@ -107,6 +107,7 @@ def _capability_rows(run: RunRecord) -> list[dict[str, str]]:
             "sparse": _percent(row.sparse),
             "retention": _percent(row.retention) if row.retention is not None else "undefined: dense is at chance",
             "interval": _range(row.interval),
+            "above": _percent(row.above_chance),
         }
         for row in (report.capabilities if report else ())
     ]
@@ -153,11 +154,16 @@ def retention_table(run: RunRecord) -> list[list[str]]:
     total = _total(run)
     if total is not None:
         rows.append(["total", "", "", total["retention"], total["interval"]])
-    for name, reason in sorted(run.capabilities.not_measured.items()) if run.capabilities else ():
-        rows.append([name, "not measured", reason, "", ""])
     text = run.perplexity
     if text is not None and text.dense is not None and text.sparse is not None:
         rows.append([f"perplexity, {text.text}", f"{text.dense:.2f}", f"{text.sparse:.2f}", "", ""])
-    elif text is not None:
-        rows.append([f"perplexity, {text.text}", "not measured", text.reason, "", ""])
     return rows
+
+
+def not_measured(run: RunRecord) -> list[str]:
+    """What could not be measured, with the reason, a line each."""
+    lines = (
+        [f"{name}: {why}" for name, why in sorted(run.capabilities.not_measured.items())] if run.capabilities else []
+    )
+    text = run.perplexity
+    return lines + ([f"perplexity, {text.text}: {text.reason}"] if text is not None and text.reason else [])

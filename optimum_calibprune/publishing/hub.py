@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -28,14 +29,18 @@ SCORES_FOLDER = "scores"
 def check_output(folder: str | Path, overwrite: bool, needed_bytes: int = 0) -> None:
     """Raises before anything is computed where a result could not be written: `FileExistsError` for a folder that is
     not empty (unless `overwrite`), `NotADirectoryError` for a file, `OSError` for a disk without room."""
-    target = Path(folder)
+    target = Path(folder).resolve()
     if target.is_file():
         raise NotADirectoryError(f"{target} is a file; name a folder that is new or empty.")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(
             f"{target} is not empty. Name another folder, or allow it to be replaced with --overwrite."
         )
-    existing = next(parent for parent in (target.absolute(), *target.absolute().parents) if parent.exists())
+    if target.is_mount() or target == Path.cwd():
+        raise OSError(
+            f"{target} cannot be replaced as a whole (a mount, or the current folder); name a folder inside it."
+        )
+    existing = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise OSError(f"{target} needs {needed_bytes / 2**20:,.0f} MiB; {free / 2**20:,.0f} MiB are free on its disk.")
@@ -55,12 +60,16 @@ def save_run(
     overwrite: bool = False,
 ) -> Path:
     """Writes model, tokenizer, records and card to `folder`; a crash leaves it as it was, or complete."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with _replaced(Path(folder), overwrite) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        save_file({"input_ids": calibration.input_ids}, new / CALIBRATION_NAME)
+        try:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            save_file({"input_ids": calibration.input_ids}, new / CALIBRATION_NAME)
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written: {error}") from error
         (new / RECORD_NAME).write_text(run.to_json(), encoding="utf-8")
         (new / "README.md").write_text(render(run, repo_id), encoding="utf-8")
         for name, measured in scores.items():
@@ -70,18 +79,21 @@ def save_run(
 
 
 def save_calibration(folder: Path, calibration: CalibrationSet, mix: Mix) -> None:
-    """Writes a calibration set and the account of its choice, without a model."""
+    """Writes a calibration set, where each of its rows comes from, and the account of its choice, without a model."""
     from safetensors.numpy import save_file
 
     with _replaced(folder, overwrite=False) as new:
         save_file({"input_ids": calibration.input_ids}, new / CALIBRATION_NAME)
         (new / "mix.json").write_text(mix.to_json(), encoding="utf-8")
+        rows = [row.to_dict() for row in calibration.rows]
+        (new / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `target`, which takes its place when the body has ended well."""
     check_output(target, overwrite)
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
     old = Path(f"{new}.old")
@@ -100,6 +112,13 @@ def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def full_name(repo_id: str, token: str | None) -> str:
+    """`repo_id` with its namespace: a bare name belongs to the owner of the token."""
+    from huggingface_hub import HfApi
+
+    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -114,18 +133,19 @@ def push_folder(
 
     Raises `HfHubHTTPError` where the Hub refuses, `ConnectionError` where it cannot be reached; the folder stays.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import httpx
 
     api = HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return api.create_commit(
             repo_id=repo_id,
-            folder_path=str(folder),
+            operations=[CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message or "Upload a model pruned with optimum-calibprune",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,17 @@ OPTIONS = ("sparsity", "mix", "samples", "length", "micro_batch", "method", "seq
 ALWAYS = ("sparsity", "mix", "samples", "length", "seed")
 
 
-def command(config: CalibPruneConfig, base: BaseModel) -> str:
-    """The command line of a run whose config has all defaults filled in; `DIR` stands for the output folder."""
+def command(
+    config: CalibPruneConfig,
+    base: BaseModel,
+    sources: Sequence[CalibrationSource],
+    text: CalibrationSource | None = None,
+) -> str:
+    """The command line of a run whose config has all defaults filled in; `DIR` stands for the output folder.
+
+    `sources` are those that were opened, `text` the one on which perplexity was measured. Data that was in memory
+    cannot be named on a command line; a comment says so.
+    """
     defaults = CalibPruneConfig(base.name)
     words = ["optimum-cli", "calibprune", "prune", base.name]
     if base.revision:
@@ -26,23 +36,26 @@ def command(config: CalibPruneConfig, base: BaseModel) -> str:
             words += [f"--{name.replace('_', '-')}", str(value)]
     if config.capabilities != defaults.capabilities:
         words += ["--capabilities", ",".join(config.capabilities)]
-    if config.sources:
-        words += ["--sources", *map(_without_folders, config.sources)]
-    return " ".join(shlex.quote(word) for word in [*words, "--output", "DIR"])
+    if text is not None and text.path:
+        words += ["--perplexity-text", Path(text.path).name]
+    in_memory = [source.name for source in sources if not source.path and not source.repo]
+    if config.sources and not in_memory:
+        words += ["--sources", *_public_names(config, sources)]
+    line = " ".join(shlex.quote(word) for word in [*words, "--output", "DIR"])
+    return f"{line}  # with sources in memory: {', '.join(in_memory)}" if in_memory else line
 
 
-def public_config(config: CalibPruneConfig, base: BaseModel) -> CalibPruneConfig:
-    return replace(config, model=base.name, sources=tuple(_without_folders(given) for given in config.sources))
+def public_config(config: CalibPruneConfig, base: BaseModel, sources: Sequence[CalibrationSource]) -> CalibPruneConfig:
+    return replace(config, model=base.name, sources=_public_names(config, sources) if config.sources else ())
 
 
 def public_source(source: CalibrationSource) -> CalibrationSource:
     return replace(source, path=Path(source.path).name) if source.path else source
 
 
-def _without_folders(given: str) -> str:
-    """A source as the user named it (`NAME`, `PATH` or `NAME=PATH:CAPABILITY`), its path cut to the last part."""
-    name, equals, rest = given.partition("=")
-    if not equals:
-        return Path(given).name if "/" in given else given
-    path, _, capability = rest.rpartition(":")
-    return f"{name}={Path(path).name}:{capability}"
+def _public_names(config: CalibPruneConfig, sources: Sequence[CalibrationSource]) -> tuple[str, ...]:
+    """Each source as a command line names it: by its name alone, or NAME=FILE:CAPABILITY for a user's own file."""
+    return tuple(
+        f"{s.name}={Path(s.path).name}:{s.capability}" if s.path and s.name not in config.sources else s.name
+        for s in sources
+    )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from optimum_calibprune.capabilities.retention import capability_report, draws_report
-from optimum_calibprune.records import Scores, TaskScore
+from optimum_calibprune.records import CapabilityReport, Scores, TaskScore
 
 
 def scores(*tasks: tuple[str, str, float, object]) -> Scores:
@@ -103,6 +103,21 @@ def test_scores_of_different_items_are_refused() -> None:
         capability_report(scores(("a", "code", 0, [1, 1])), scores(("a", "code", 0, [1])))
     with pytest.raises(ValueError, match="'a' was not measured"):
         capability_report(scores(("a", "code", 0, [1, 1])), scores(("b", "code", 0, [1, 1])))
+
+
+def test_a_dense_score_so_low_that_a_resample_may_be_zero_leaves_retention_undefined() -> None:
+    dense, sparse = scores(("a", "math", 0, bits(0.01))), scores(("a", "math", 0, bits(0.0025)))
+    report = capability_report(dense, sparse)
+    assert report.capabilities[0].retention is None
+    assert CapabilityReport.from_json(report.to_json()) == report
+
+
+def test_a_capability_that_only_the_dense_model_was_measured_on_is_not_measured() -> None:
+    dense = scores(("a", "math", 0, bits(0.5)), ("b", "code", 0, bits(0.5)))
+    sparse = Scores(scores(("a", "math", 0, bits(0.4))).tasks, {"code": "no memory"})
+    report = capability_report(dense, sparse)
+    assert report.measured == ("math",)
+    assert report.not_measured == {"code": "no memory"}
 
 
 def test_what_was_not_measured_is_handed_on() -> None:

@@ -87,6 +87,13 @@ def test_sparsegpt_costs_a_fraction_of_what_magnitude_costs(asked: str, share: f
     assert 0 < run(asked, "sparsegpt").rise <= share * run(asked, "magnitude").rise
 
 
+@pytest.mark.xfail(
+    strict=True, reason="the rise is 0.39 of magnitude's; docs/log.md says what would bring it below a third"
+)
+def test_sparsegpt_costs_at_most_a_third_of_what_magnitude_costs() -> None:
+    assert run("50%", "sparsegpt").rise <= run("50%", "magnitude").rise / 3
+
+
 @pytest.mark.parametrize("asked", ["50%", "2:4"])
 def test_wanda_lies_between_sparsegpt_and_magnitude(asked: str) -> None:
     assert run(asked, "sparsegpt").rise < run(asked, "wanda").rise < run(asked, "magnitude").rise

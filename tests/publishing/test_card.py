@@ -63,7 +63,7 @@ def test_undefined_retention_says_so(run: RunRecord) -> None:
     report = CapabilityReport((at_chance,), None, None, None, {"code": "nobody asked"})
     text = render(replace(run, capabilities=report))
     assert "undefined: dense is at chance" in text
-    assert "- code: not measured (nobody asked)" in text
+    assert "Not measured:\n\n- code: nobody asked" in text
     assert ["math", "25.0 %", "25.0 %", "undefined: dense is at chance", ""] in retention_table(
         replace(run, capabilities=report)
     )

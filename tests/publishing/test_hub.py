@@ -92,6 +92,21 @@ print(push_folder({folder!r}, "me/run", {options}).pr_url)
 """
 
 
+BARE_NAME = """
+from optimum_calibprune import CalibPruner
+pruner = CalibPruner.from_pretrained("pocket", samples=8, length=64, capabilities="none")
+pruner.prune()
+pruner.save_pretrained({target!r}, push_to_hub=True, commit_message="second")
+"""
+
+
+def test_a_bare_name_belongs_to_the_owner_of_the_token(hub: HubServer, tmp_path: Path) -> None:
+    done = python(BARE_NAME.format(target=str(tmp_path / "tiny")), hub, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert b'from_pretrained("me/tiny")' in hub.files("me/tiny")["README.md"]
+    assert [c.title for c in hub.commits("me/tiny")][-1] == "second"
+
+
 def test_a_branch_and_a_pull_request_leave_main_alone(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     branch = python(PUSH_FOLDER.format(folder=str(folder), options="revision='half'"), hub, tmp_path)
     assert branch.returncode == 0, branch.stderr

@@ -60,7 +60,18 @@ def test_a_failed_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch:
     assert _tree(tmp_path) == {"run/old": "0"}
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    with hub._replaced(tmp_path / "link", overwrite=True) as new:
+        (new / "x").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert _tree(tmp_path / "disk") == {"run/x": "1"}
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("1")
     (tmp_path / "file").write_text("1")
@@ -70,5 +81,9 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path: Pa
         hub.check_output(tmp_path / "file", overwrite=True)
     with pytest.raises(OSError, match="MiB are free"):
         hub.check_output(tmp_path / "new", overwrite=False, needed_bytes=2**60)
+    monkeypatch.chdir(tmp_path / "full")
+    with pytest.raises(OSError, match="current folder"):
+        hub.check_output(".", overwrite=True)
+    monkeypatch.chdir(tmp_path)
     hub.check_output(tmp_path / "full", overwrite=True)
     hub.check_output(tmp_path / "new" / "deep", overwrite=False)

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recorded command names what was used, without the folders of the machine."""
+
+from __future__ import annotations
+
+from optimum_calibprune.publishing.reproduce import command, public_config
+from optimum_calibprune.records import BaseModel, CalibPruneConfig, CalibrationSource
+
+
+def test_files_are_named_without_their_folders_even_odd_ones() -> None:
+    given = ("gsm8k", "/home/me/lang=en/part.parquet", "notes=/home/me/notes.txt:code")
+    config = CalibPruneConfig("/home/me/model", sources=given, samples=8, length=64)
+    base = BaseModel("model")
+    opened = [
+        CalibrationSource("gsm8k", "math", path="/site-packages/gsm8k.jsonl"),
+        CalibrationSource("part", "general", path="/home/me/lang=en/part.parquet"),
+        CalibrationSource("notes", "code", path="/home/me/notes.txt"),
+    ]
+    line = command(config, base, opened, CalibrationSource("text", "general", path="/home/me/text.txt"))
+    assert line.endswith(
+        "--perplexity-text text.txt --sources gsm8k part=part.parquet:general notes=notes.txt:code --output DIR"
+    )
+    assert "/home" not in line + public_config(config, base, opened).to_json()
+
+
+def test_data_in_memory_cannot_be_named_and_the_command_says_so() -> None:
+    config = CalibPruneConfig("pocket", sources=("notes",))
+    line = command(config, BaseModel("pocket"), [CalibrationSource("notes", "math")])
+    assert line.endswith("--output DIR  # with sources in memory: notes")
+    assert "--sources" not in line
