@@ -12,6 +12,8 @@ import torch
 
 from .pruning import blocks, schedule
 from .pruning.blocks import InputGroup
+from .pruning.kernels.reference import sweep
+from .pruning.sparsegpt import BLOCK
 from .records import CalibPruneConfig, Plan
 
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-COLUMN_SECONDS = 40e-6  # launching one column step of the sweep, measured on a CPU
+COLUMN_SECONDS = 40e-6  # of one column step of the sweep on a matrix without rows, measured on a CPU
 
 
 def make_plan(
@@ -83,8 +85,10 @@ def _memory(
 
 
 def _seconds(model: PreTrainedModel, groups: list[list[InputGroup]], tokens: int, replays: float) -> float:
-    """Of the pruning stage: products at measured rates, and the sweep's column steps."""
+    """Of the pruning stage: products and the sweep at rates measured here and now."""
     forward_rate, solve_rate = _product_rate(model.dtype, model.device), _product_rate(torch.float32, model.device)
+    rows = max(blocks.weight_of(m).shape[0] for block in groups for group in block for m in group.modules)
+    sweep_rate = _sweep_rate(min(rows, 8192), model.device)
     seconds = 0.0
     for block in groups:
         for group in block:
@@ -92,7 +96,8 @@ def _seconds(model: PreTrainedModel, groups: list[list[InputGroup]], tokens: int
             outputs = sum(blocks.weight_of(m).shape[0] for m in group.modules)
             seconds += (1 + replays) * 2 * tokens * columns * outputs / forward_rate
             seconds += (2 * tokens * columns**2 + columns**3) / solve_rate
-            seconds += 5 * outputs * columns**2 / solve_rate + len(group.modules) * columns * COLUMN_SECONDS
+            seconds += 5 * outputs * columns**2 / solve_rate
+            seconds += outputs * columns / sweep_rate + len(group.modules) * columns * COLUMN_SECONDS
     return seconds
 
 
@@ -106,3 +111,16 @@ def _product_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) ->
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
+
+
+def _sweep_rate(rows: int, device: torch.device) -> float:
+    """Weights a second of the solver's sweep through one block of columns, the better of two."""
+    W, U = torch.ones(rows, BLOCK, device=device), torch.eye(BLOCK, device=device)
+    mask = torch.zeros_like(W, dtype=torch.bool)
+    best = math.inf
+    for _ in range(2):
+        started = time.perf_counter()
+        weight, _, _ = sweep(W, U, mask)
+        weight[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return W.numel() / best
