@@ -5,25 +5,35 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from . import machine, pocket
+from . import machine
 from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
-from .calibration.sources import SOURCES, OpenSource, open_sources
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
 from .capabilities.score import measure
-from .capabilities.tasks import Task, pocket_tasks
-from .loading import load_model, pruned_from
+from .choices import (
+    LENGTH,
+    NO_SUITE,
+    SAMPLES,
+    Sources,
+    choose_perplexity_text,
+    choose_sources,
+    choose_tasks,
+    is_pocket,
+    listed,
+    source_names,
+    with_defaults,
+)
+from .loading import load_model
 from .planning import make_plan
 from .pruning import blocks, schedule
 from .publishing import hub, reproduce
@@ -32,7 +42,6 @@ from .records import (
     BaseModel,
     CalibPruneConfig,
     CalibrationSet,
-    CalibrationSource,
     LayerReport,
     PerplexityReport,
     Plan,
@@ -48,8 +57,6 @@ if TYPE_CHECKING:
 
 
 Progress = Callable[[int, int, str], None]
-SAMPLES, LENGTH, MICRO_BATCH_TOKENS = 128, 2048, 2048
-NO_SUITE = "this release measures capabilities of the pocket model only"
 
 
 class CalibPruner:
@@ -74,7 +81,7 @@ class CalibPruner:
         config: CalibPruneConfig,
         *,
         base: BaseModel | None = None,
-        sources: Sequence[str | CalibrationSource] | Mapping[str, Any] | None = None,
+        sources: Sources = None,
         perplexity_text: str | Path | None = None,
         token: str | None = None,
     ) -> None:
@@ -85,15 +92,15 @@ class CalibPruner:
         """
         self.model, self.tokenizer, self.token = model.eval(), tokenizer, token
         self.base = base or BaseModel(config.model, parameters=model.num_parameters())
-        self.is_pocket = _is_pocket(config)
-        self.config = _with_defaults(config, self.model)
+        self.is_pocket = is_pocket(config)
+        self.config = with_defaults(config, self.model)
         self.record: RunRecord | None = None
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
-        self._tasks = _choose_tasks(self.config)
-        self._sources = _choose_sources(self.config, sources)
-        self._perplexity_source = _choose_perplexity_text(self.config, perplexity_text)
+        self._tasks = choose_tasks(self.config)
+        self._sources = choose_sources(self.config, listed(sources))
+        self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         blocks.check_model(self.model, self.config.sparsity)
         self._groups = blocks.find_groups(self.model)
 
@@ -102,7 +109,7 @@ class CalibPruner:
         cls,
         model: str,
         *,
-        sources: Sequence[str | CalibrationSource] | Mapping[str, Any] | None = None,
+        sources: Sources = None,
         perplexity_text: str | Path | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -123,14 +130,11 @@ class CalibPruner:
         Raises:
             `ValueError` for bad options and models that cannot be pruned; `OSError` where a model cannot be had.
         """
-        if isinstance(sources, str | Path | CalibrationSource):
-            sources = [sources]
-        if sources is not None and not isinstance(sources, Mapping):
-            sources = [str(source) if isinstance(source, Path) else source for source in sources]
-        asked = CalibPruneConfig(model=model, sources=_names(sources), **config)
-        for check in (_choose_tasks, partial(_choose_sources, given=sources)):
-            check(asked)
-        _choose_perplexity_text(asked, perplexity_text)
+        sources = listed(sources)
+        asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)
+        choose_tasks(asked)
+        choose_sources(asked, sources)
+        choose_perplexity_text(asked, perplexity_text)
         loaded, tokenizer, base = load_model(
             model,
             revision=asked.revision,
@@ -140,7 +144,7 @@ class CalibPruner:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
-            check=lambda empty: blocks.check_structure(empty, _with_defaults(asked, empty).sparsity),
+            check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
         return cls(loaded, tokenizer, asked, base=base, sources=sources, perplexity_text=perplexity_text, token=token)
 
@@ -368,63 +372,9 @@ class CalibPruner:
 # ------------------------------------------------------------------------------------------------ helpers
 
 
-def _is_pocket(config: CalibPruneConfig) -> bool:
-    """Whether the model is the bundled one, or was pruned from it."""
-    return pocket.NAME in (config.model, pruned_from(config.model))
-
-
-def _names(sources: Sequence[str | CalibrationSource] | Mapping[str, Any] | None) -> tuple[str, ...]:
-    """What the config keeps of sources that may hold data."""
-    if isinstance(sources, Mapping):
-        return tuple(key.partition(":")[0] for key in sources)
-    return tuple(s.name if isinstance(s, CalibrationSource) else s for s in sources or ())
-
-
-def _with_defaults(config: CalibPruneConfig, model: PreTrainedModel) -> CalibPruneConfig:
-    samples, length = (pocket.SAMPLES, pocket.LENGTH) if _is_pocket(config) else (SAMPLES, LENGTH)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    length = config.length or min(length, context or length)
-    if context is not None and length > context:
-        raise ValueError(f"length {length} exceeds the model's context of {context} tokens.")
-    samples = config.samples or samples
-    step = config.micro_batch or max(1, min(samples, MICRO_BATCH_TOKENS // length))
-    return replace(config, samples=samples, length=length, micro_batch=step)
-
-
 def _filled(text: perplexities.Text, dense: float | None, sparse: float | None) -> PerplexityReport:
     lost = text.windows is not None and dense is None
     return replace(text.report, dense=dense, sparse=sparse, reason="it is not finite" if lost else text.report.reason)
-
-
-def _choose_tasks(config: CalibPruneConfig) -> list[Task]:
-    asked = config.capabilities
-    if asked == ("none",):
-        return []
-    if _is_pocket(config):
-        return pocket_tasks(CAPABILITIES if asked == ("auto",) else asked)
-    if asked != ("auto",):
-        raise ValueError(f"Capabilities {', '.join(asked)} were asked for, but {NO_SUITE}; use 'auto' or 'none'.")
-    return []
-
-
-def _choose_sources(
-    config: CalibPruneConfig, given: Sequence[str | CalibrationSource] | Mapping[str, Any] | None
-) -> list[OpenSource]:
-    """Those that were given, else those that the mix names, else the default ones; checked against the mix."""
-    table = {**SOURCES, **pocket.sources()} if _is_pocket(config) else SOURCES
-    default = pocket.default_sources() if _is_pocket(config) else list(SOURCES)
-    named = [name for name, _ in config.mix.weights]
-    opened = open_sources(given or config.sources or named or default, table)
-    mixes.quotas(config.mix, [entry.source for entry in opened], config.samples or SAMPLES)
-    return opened
-
-
-def _choose_perplexity_text(config: CalibPruneConfig, given: str | Path | None) -> CalibrationSource | None:
-    if given is None:
-        return None if _is_pocket(config) else perplexities.WIKITEXT2
-    if not Path(given).exists():
-        raise FileNotFoundError(f"There is no file {str(given)!r} to measure perplexity on.")
-    return CalibrationSource(Path(given).stem, "general", path=str(given))
 
 
 @contextmanager

@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
-import json
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from .record import Record, unknown
 
-SCHEMA_VERSION = 1
+
 CAPABILITIES = ("general", "commonsense", "code", "math")
 METHODS = ("sparsegpt", "wanda", "magnitude")
 MIXES = ("single", "uniform", "weighted", "igsp")
@@ -25,74 +20,9 @@ SEQUENTIAL = ("module", "block")
 CONFIG_NAME = "calibprune_config.json"
 
 
-def unknown(kind: str, given: str, allowed: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist; it lists the names that do and points to the nearest."""
-    names = list(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {kind} {given!r}.{hint} Allowed: {', '.join(names)}.")
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-# ------------------------------------------------------------------------------------------------ JSON
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, SparsityPattern | MixRule):
-        return str(value)
-    if isinstance(value, Record):
-        return value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_encode(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value  # numpy numbers and arrays
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value)
-    if origin is tuple:
-        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_decode(item, v) for item, v in zip(items, value, strict=True))
-    if origin is dict:
-        return {key: _decode(arguments[1], item) for key, item in value.items()}
-    if isinstance(kind, type) and issubclass(kind, Record):
-        return kind.from_dict(value)
-    if kind in (SparsityPattern, MixRule):
-        return kind.parse(value)
-    return value
-
-
-class Record:
-    """What all records share: to and from plain dictionaries and JSON."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        hints = typing.get_type_hints(cls)
-        for name in data:
-            if name not in hints:
-                raise unknown(f"field of {cls.__name__}", name, [f.name for f in dataclasses.fields(cls)])
-        return cls(**{name: _decode(hints[name], value) for name, value in data.items()})
-
-    def to_json(self) -> str:
-        return json.dumps({"schema_version": SCHEMA_VERSION, **self.to_dict()}, indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        data = json.loads(text)
-        version = data.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"This {cls.__name__} has schema version {version}; this release reads {SCHEMA_VERSION}.")
-        return cls.from_dict(data)
 
 
 # ------------------------------------------------------------------------------------------ value types

@@ -17,7 +17,9 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     PreTrainedModel,
+    T5Config,
 )
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
@@ -275,6 +277,26 @@ def test_a_saved_run_is_measured_like_its_base_and_a_folder_named_pocket_is_not(
     assert again.evaluate().tasks[0] == saved[0].scores["sparse"].tasks[0]
     (tmp_path / "pocket").symlink_to(pocket.MODEL)
     assert not CalibPruner.from_pretrained(str(tmp_path / "pocket")).is_pocket
+
+
+@pytest.mark.parametrize("given", ["gsm8k", Path(str(pocket.sources()["gsm8k"].path)), pocket.sources()["gsm8k"]])
+def test_one_source_need_not_be_a_list(given: object) -> None:
+    assert CalibPruner.from_pretrained("pocket", sources=given, capabilities="none").plan().sources == ("gsm8k",)
+
+
+def test_dense_scores_of_other_tasks_are_refused_before_any_work() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", capabilities="math")
+    with pytest.raises(ValueError, match="dense_scores are of no task; this run measures pocket_math"):
+        pruner.prune(dense_scores=Scores(()))
+
+
+def test_a_model_that_cannot_be_pruned_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    MixtralConfig(num_hidden_layers=2, num_local_experts=4, hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds several matrices"):
+        CalibPruner.from_pretrained(str(tmp_path), capabilities="none")
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of type 't5', which transformers has no causal language model for"):
+        CalibPruner.from_pretrained(str(tmp_path), capabilities="none")
 
 
 def test_a_mix_may_name_any_source_of_the_table() -> None:

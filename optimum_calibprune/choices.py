@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config means for a model: defaults, tasks, sources, the text for perplexity; checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import pocket
+from .calibration import mix as mixes
+from .calibration.sources import OpenSource, open_sources
+from .calibration.table import SOURCES
+from .capabilities.perplexity import WIKITEXT2
+from .capabilities.tasks import Task, pocket_tasks
+from .loading import pruned_from
+from .records import CAPABILITIES, CalibPruneConfig, CalibrationSource
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+SAMPLES, LENGTH, MICRO_BATCH_TOKENS = 128, 2048, 2048
+NO_SUITE = "this release measures capabilities of the pocket model only"
+Sources = Sequence[str | CalibrationSource] | Mapping[str, Any] | None
+
+
+def is_pocket(config: CalibPruneConfig) -> bool:
+    """Whether the model is the bundled one, or was pruned from it."""
+    return pocket.NAME in (config.model, pruned_from(config.model))
+
+
+def listed(sources: Sources | str | Path | CalibrationSource) -> Sources:
+    """Sources as a list or a mapping, also where one alone was given."""
+    if sources is None or isinstance(sources, Mapping):
+        return sources
+    several = [sources] if isinstance(sources, str | Path | CalibrationSource) else sources
+    return [str(source) if isinstance(source, Path) else source for source in several]
+
+
+def source_names(sources: Sources) -> tuple[str, ...]:
+    """What the config keeps of sources that may hold data."""
+    if isinstance(sources, Mapping):
+        return tuple(key.partition(":")[0] for key in sources)
+    return tuple(s.name if isinstance(s, CalibrationSource) else s for s in sources or ())
+
+
+def with_defaults(config: CalibPruneConfig, model: PreTrainedModel) -> CalibPruneConfig:
+    """The config with samples, length and micro-batch filled in; `ValueError` for samples longer than the context."""
+    samples, length = (pocket.SAMPLES, pocket.LENGTH) if is_pocket(config) else (SAMPLES, LENGTH)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = config.length or min(length, context or length)
+    if context is not None and length > context:
+        raise ValueError(f"length {length} exceeds the model's context of {context} tokens.")
+    samples = config.samples or samples
+    step = config.micro_batch or max(1, min(samples, MICRO_BATCH_TOKENS // length))
+    return replace(config, samples=samples, length=length, micro_batch=step)
+
+
+def choose_tasks(config: CalibPruneConfig) -> list[Task]:
+    """The tasks of the capabilities that were asked for; `ValueError` for those that cannot be measured."""
+    asked = config.capabilities
+    if asked == ("none",):
+        return []
+    if is_pocket(config):
+        return pocket_tasks(CAPABILITIES if asked == ("auto",) else asked)
+    if asked != ("auto",):
+        raise ValueError(f"Capabilities {', '.join(asked)} were asked for, but {NO_SUITE}; use 'auto' or 'none'.")
+    return []
+
+
+def choose_sources(config: CalibPruneConfig, given: Sources) -> list[OpenSource]:
+    """Those that were given, else those that the mix names, else the default ones; checked against the mix."""
+    table = {**SOURCES, **pocket.sources()} if is_pocket(config) else SOURCES
+    default = pocket.default_sources() if is_pocket(config) else list(SOURCES)
+    named = [name for name, _ in config.mix.weights]
+    opened = open_sources(given or config.sources or named or default, table)
+    mixes.quotas(config.mix, [entry.source for entry in opened], config.samples or SAMPLES)
+    return opened
+
+
+def choose_perplexity_text(config: CalibPruneConfig, given: str | Path | None) -> CalibrationSource | None:
+    """The text that the user named, else WikiText-2; none for the pocket, to whom it is calibration text."""
+    if given is None:
+        return None if is_pocket(config) else WIKITEXT2
+    if not Path(given).exists():
+        raise FileNotFoundError(f"There is no file {str(given)!r} to measure perplexity on.")
+    return CalibrationSource(Path(given).stem, "general", path=str(given))
