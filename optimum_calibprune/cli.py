@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .pruner import CalibPruner
 
 
-DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
+FAILED, BAD_ARGUMENTS = 1, 2
+BESIDE_WEIGHTS = 2**25  # bytes on disk for tokenizer, records and card
 CONFIG_OPTIONS = (
     *("revision", "sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping"),
     *("capabilities", "seed", "dtype", "device"),
@@ -192,7 +193,7 @@ class PruneCommand(BaseOptimumCLICommand):
             check_output(arguments.output, arguments.overwrite)
             pruner = _pruner(arguments)
             size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
-            check_output(arguments.output, arguments.overwrite, needed_bytes=size)
+            check_output(arguments.output, arguments.overwrite, needed_bytes=size + BESIDE_WEIGHTS)
         with _errors(FAILED):
             _say(plan_text(pruner.plan()), to_stderr=arguments.json)
             with _progress() as show:
@@ -202,7 +203,8 @@ class PruneCommand(BaseOptimumCLICommand):
                 _say(record.to_json().rstrip())
             else:
                 _say("\n" + _table(retention_table(record)))
-                _say("\n".join(f"Not measured: {line}" for line in not_measured(record)))
+                for line in not_measured(record):
+                    _say(f"Not measured: {line}")
                 if upper_bound(record):
                     _say(f"An upper bound: {upper_bound(record)} come from the generator of the probes.")
                 _say(f"\nSaved to {arguments.output} ({record.prune.zeros / record.prune.weights:.2%} zeros).")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -242,6 +243,26 @@ def test_a_failure_before_pruning_leaves_the_model_usable() -> None:
     with pytest.raises(ValueError, match=r"call prune\(\) first"):
         pruner.save_pretrained("nowhere")
     assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("error", [Exception("No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the Rust libraries below tell of it: not as an OSError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    pruner = CalibPruner.from_pretrained("pocket", **SMALL)
+    pruner.prune()
+    monkeypatch.setattr(pruner.tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="could not be written: No space left"):
+        pruner.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    pruner.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_model_is_pruned_once() -> None:

@@ -68,7 +68,12 @@ def save_run(
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             save_file({"input_ids": calibration.input_ids}, new / CALIBRATION_NAME)
-        except SafetensorError as error:
+        except Exception as error:
+            if type(error) not in (
+                SafetensorError,
+                Exception,
+            ):  # a full disk, as safetensors and tokenizers tell of it
+                raise
             raise OSError(f"{folder} could not be written: {error}") from error
         (new / RECORD_NAME).write_text(run.to_json(), encoding="utf-8")
         (new / "README.md").write_text(render(run, repo_id), encoding="utf-8")
