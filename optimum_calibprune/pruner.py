@@ -174,11 +174,8 @@ class CalibPruner:
         """
         if self._pruned:
             raise ValueError("This model is pruned already; load it again for another run.")
-        if dense_scores is not None and {t.task for t in dense_scores.tasks} != {task.name for task in self._tasks}:
-            raise ValueError(
-                f"dense_scores are of {', '.join(t.task for t in dense_scores.tasks) or 'no task'}; this run measures "
-                f"{', '.join(task.name for task in self._tasks) or 'no task'}."
-            )
+        if dense_scores is not None:
+            self._check_dense_scores(dense_scores)
         sources = [entry.source for entry in self._sources]
         seconds: dict[str, float] = {}
         plan = self.plan()
@@ -210,13 +207,22 @@ class CalibPruner:
             fingerprint=self.calibration.fingerprint,
             prune=prune,
             capabilities=capability_report(dense, sparse),
-            perplexity=_filled(text, before, after) if text is not None else None,
+            perplexity=text.filled(before, after) if text is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self.model.device),
             seconds=seconds,
             peak_memory=machine.peak_memory(),
         )
         return self.record
+
+    def _check_dense_scores(self, given: Scores) -> None:
+        measured = {task.task for task in given.tasks}
+        wanted = {task.name for task in self._tasks if task.capability not in given.not_measured}
+        if measured != wanted:
+            raise ValueError(
+                f"dense_scores are of {', '.join(sorted(measured)) or 'no task'}; this run measures "
+                f"{', '.join(sorted(wanted)) or 'no task'}."
+            )
 
     def choose_calibration(self, *, on_progress: Progress | None = None) -> Choice:
         """The calibration set of the mix, the account of it, and profiles of its samples and sources."""
@@ -278,7 +284,7 @@ class CalibPruner:
     def perplexity(self, *, on_progress: Progress | None = None) -> PerplexityReport | None:
         """Perplexity of the model as it is now, in the field `dense`; None where no text is set (the pocket)."""
         text = self._perplexity_text()
-        return _filled(text, self._perplexity(text, on_progress), None) if text is not None else None
+        return text.filled(self._perplexity(text, on_progress), None) if text is not None else None
 
     def _measure(self, stage: str, on_progress: Progress | None) -> Scores:
         reason = NO_SUITE if not self.is_pocket else "not asked for"
@@ -370,11 +376,6 @@ class CalibPruner:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def _filled(text: perplexities.Text, dense: float | None, sparse: float | None) -> PerplexityReport:
-    lost = text.windows is not None and dense is None
-    return replace(text.report, dense=dense, sparse=sparse, reason="it is not finite" if lost else text.report.reason)
 
 
 @contextmanager

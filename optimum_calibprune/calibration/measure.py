@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-GRAM = 4
 LOGIT_BYTES = 2**28  # fp32 logits that may be in memory at once
 Progress = Callable[[int, int, str], None]
 

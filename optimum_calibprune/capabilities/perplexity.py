@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,13 @@ class Text:
 
     windows: np.ndarray | None
     report: PerplexityReport
+
+    def filled(self, dense: float | None, sparse: float | None) -> PerplexityReport:
+        """The report with what was measured; a perplexity that is not finite is missing, with that reason."""
+        lost = self.windows is not None and dense is None
+        return replace(
+            self.report, dense=dense, sparse=sparse, reason="it is not finite" if lost else self.report.reason
+        )
 
 
 def read(source: CalibrationSource, tokenizer: PreTrainedTokenizerBase, length: int, token: str | None = None) -> Text:

@@ -68,7 +68,9 @@ def example() -> RunRecord:
             SourceProfile("c4", "general", 1, 20.0, 0.125, 0.001),
             SourceProfile("notes", "code", 1, 5.0, 0.5, 0.002),
         ),
-        mix=Mix(rule, {"c4": 1, "notes": 1}, {"c4": 0.5, "notes": 0.5}),
+        mix=Mix(
+            rule, {"c4": 1, "notes": 1}, {"c4": 0.5, "notes": 0.5}, "remainders, where there are any, go first to c4"
+        ),
         samples=(SampleProfile(20.0, 0.125, 0.001, 32), SampleProfile(5.0, 0.5, 0.002, 32)),
         rows=(CalibrationRow("c4", 3, "general"), CalibrationRow("notes", 0, "code")),
         fingerprint="ab" * 32,
