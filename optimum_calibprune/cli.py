@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -111,14 +112,35 @@ def plan_text(plan: Plan) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar a stage on a terminal; silent elsewhere."""
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C raises KeyboardInterrupt; what is yielded raises it again where a library has swallowed it."""
+    seen: list[int] = []
+
+    def arrive(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, arrive)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _progress(check: Callable[[], None]) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar a stage on a terminal; silent elsewhere. An interrupt is noticed at the latest here."""
     from tqdm import tqdm
 
     bars: dict[str, Any] = {}
     quiet = not sys.stderr.isatty()
 
     def show(done: int, total: int, text: str) -> None:
+        check()
         stage, _, detail = text.partition(": ")
         bar = bars.get(stage)
         if bar is None or bar.total != total:
@@ -130,6 +152,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
     try:
         yield show
+        check()
     finally:
         for bar in bars.values():
             bar.close()
@@ -185,6 +208,10 @@ class PruneCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         _quiet_libraries()
+        with _errors(FAILED), _interrupts() as check:
+            self._run(check)
+
+    def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
         with _errors(BAD_ARGUMENTS):
             from .publishing.card import not_measured, retention_table, upper_bound
@@ -196,7 +223,7 @@ class PruneCommand(BaseOptimumCLICommand):
             check_output(arguments.output, arguments.overwrite, needed_bytes=size + BESIDE_WEIGHTS)
         with _errors(FAILED):
             _say(plan_text(pruner.plan()), to_stderr=arguments.json)
-            with _progress() as show:
+            with _progress(check) as show:
                 record = pruner.prune(on_progress=show)
             pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, repo_id=arguments.push_to_hub)
             if arguments.json:
@@ -259,6 +286,10 @@ class MixCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         _quiet_libraries()
+        with _errors(FAILED), _interrupts() as check:
+            self._run(check)
+
+    def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
         with _errors(BAD_ARGUMENTS):
             from .publishing.hub import check_output, save_calibration
@@ -267,7 +298,7 @@ class MixCommand(BaseOptimumCLICommand):
                 check_output(arguments.output, overwrite=False)
             pruner = _pruner(arguments)
         with _errors(FAILED):
-            with _progress() as show:
+            with _progress(check) as show:
                 choice = pruner.choose_calibration(on_progress=show)
             calibration, mix = choice.calibration, choice.mix
             if arguments.output:
@@ -304,11 +335,15 @@ class EvaluateCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         _quiet_libraries()
+        with _errors(FAILED), _interrupts() as check:
+            self._run(check)
+
+    def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
         with _errors(BAD_ARGUMENTS):
             pruner = _pruner(arguments)
         with _errors(FAILED):
-            with _progress() as show:
+            with _progress(check) as show:
                 scores = pruner.evaluate(on_progress=show)
                 report = pruner.perplexity(on_progress=show)
             if arguments.json:

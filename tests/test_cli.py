@@ -81,7 +81,9 @@ def test_a_run_that_fails_exits_with_1_and_leaves_nothing(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.jsonl"]
 
 
-def test_an_interrupt_leaves_what_was_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5, 3.0])
+def test_an_interrupt_leaves_what_was_there(tmp_path: Path, seconds: float) -> None:
+    """At whatever moment, also while a library that swallows every exception is being imported."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("mine")
     process = subprocess.Popen(
@@ -93,7 +95,7 @@ def test_an_interrupt_leaves_what_was_there(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     process.stdout.readline()  # the plan is printed: the run has begun
-    time.sleep(1)
+    time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
