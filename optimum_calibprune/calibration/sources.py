@@ -261,6 +261,11 @@ def build_pool(
             f"Source {source.name!r} holds token id {windows.max() if windows.max() >= vocabulary else windows.min()}; "
             f"the model's vocabulary has ids 0 to {vocabulary - 1}."
         )
+    if len(windows) < target:
+        logger.warning(
+            "Source %r ends after %d windows, fewer than the %d that make draws by different seeds differ well.",
+            *(source.name, len(windows), target),
+        )
     made = {"documents": str(documents_read), "windows": str(len(windows))}
     return Pool(replace(source, pool=source.pool | made), windows)
 
