@@ -11,117 +11,21 @@ from pathlib import Path
 from typing import Any, Self
 
 from .record import Record, unknown
+from .values import (
+    ANY,
+    CAPABILITIES,
+    HALF,
+    METHODS,
+    NORMALISE,
+    SEQUENTIAL,
+    UNIFORM,
+    MixRule,
+    SparsityPattern,
+    require,
+)
 
 
-CAPABILITIES = ("general", "commonsense", "code", "math")
-METHODS = ("sparsegpt", "wanda", "magnitude")
-MIXES = ("single", "uniform", "weighted", "igsp")
-SEQUENTIAL = ("module", "block")
 CONFIG_NAME = "calibprune_config.json"
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-# ------------------------------------------------------------------------------------------ value types
-
-
-@dataclass(frozen=True)
-class SparsityPattern:
-    """Which share of the weights is zero: unstructured (`"60%"`), or n:m (`"2:4"`: n of every m may be non-zero)."""
-
-    fraction: float
-    n: int | None = None
-    m: int | None = None
-
-    def __post_init__(self) -> None:
-        _require(
-            0 < self.fraction < 1, f"Sparsity must lie between 0 and 1, both excluded; {self.fraction:g} was given."
-        )
-        _require((self.n is None) == (self.m is None), "An n:m pattern needs both n and m.")
-        if self.n is not None and self.m is not None:
-            _require(
-                0 < self.n < self.m <= 128, f"An n:m pattern needs 0 < n < m <= 128; {self.n}:{self.m} was given."
-            )
-            _require(
-                self.fraction == 1 - self.n / self.m, f"{self.n}:{self.m} means a fraction of {1 - self.n / self.m}."
-            )
-
-    @classmethod
-    def parse(cls, given: str | float | SparsityPattern) -> SparsityPattern:
-        """`"60%"`, `0.6`, `"0.6"`, `"2:4"` -> a pattern; `ValueError` for anything else."""
-        if isinstance(given, cls):
-            return given
-        text = str(given).strip()
-        try:
-            if ":" in text:
-                n, m = (int(part) for part in text.split(":"))
-                _require(0 < n < m <= 128, f"An n:m pattern needs 0 < n < m <= 128; {text!r} was given.")
-                return cls(1 - n / m, n, m)
-            fraction = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
-        except ValueError as error:
-            if "pattern needs" in str(error):
-                raise
-            raise ValueError(f"Unknown sparsity {given!r}; allowed: '60%', 0.6, or n:m such as '2:4'.") from None
-        return cls(fraction)
-
-    def __str__(self) -> str:
-        if self.n is not None:
-            return f"{self.n}:{self.m}"
-        percent = f"{self.fraction * 100:.10g}%"
-        return percent if float(percent[:-1]) / 100 == self.fraction else repr(self.fraction)
-
-
-@dataclass(frozen=True)
-class MixRule:
-    """How samples are chosen: `"single:NAME"`, `"uniform"`, `"weighted:NAME=w,..."` or `"igsp"`."""
-
-    kind: str
-    weights: tuple[tuple[str, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in MIXES:
-            raise unknown("mix", self.kind, MIXES)
-        if self.kind == "single":
-            _require(
-                len(self.weights) == 1 and bool(self.weights[0][0]), "A single mix names its source: 'single:NAME'."
-            )
-        elif self.kind == "weighted":
-            _require(bool(self.weights), "A weighted mix names its sources: 'weighted:NAME=2,OTHER=1'.")
-        else:
-            _require(not self.weights, f"The mix {self.kind!r} takes no source names.")
-        for name, weight in self.weights:
-            _require(0 < weight < math.inf, f"The weight of {name!r} must be positive; {weight:g} was given.")
-        _require(len(dict(self.weights)) == len(self.weights), "A weighted mix names each source once.")
-
-    @classmethod
-    def parse(cls, given: str | MixRule) -> MixRule:
-        if isinstance(given, cls):
-            return given
-        kind, _, rest = given.strip().partition(":")
-        if kind not in MIXES:
-            raise unknown("mix", kind, MIXES)
-        if kind == "single":
-            return cls(kind, ((rest, 1.0),))
-        pairs = [part.partition("=") for part in rest.split(",") if part]
-        try:
-            return cls(kind, tuple((name.strip(), float(weight)) for name, _, weight in pairs))
-        except ValueError as error:
-            if "could not convert" in str(error):
-                raise ValueError(f"{given!r}: each weight is a number, as in 'weighted:c4=2,gsm8k=1'.") from None
-            raise
-
-    def __str__(self) -> str:
-        if self.kind == "single":
-            return f"single:{self.weights[0][0]}"
-        return ":".join(
-            [
-                self.kind,
-                *([",".join(f"{n}={w!r}".removesuffix(".0") for n, w in self.weights)] if self.weights else []),
-            ]
-        )
 
 
 # --------------------------------------------------------------------------------------------- the job
@@ -138,9 +42,9 @@ class CalibPruneConfig(Record):
 
     model: str
     revision: str | None = None
-    sparsity: SparsityPattern = SparsityPattern(0.5)
+    sparsity: SparsityPattern = HALF
     method: str = "sparsegpt"
-    mix: MixRule = MixRule("uniform")
+    mix: MixRule = UNIFORM
     sources: tuple[str, ...] = ()
     samples: int | None = None
     length: int | None = None
@@ -158,7 +62,7 @@ class CalibPruneConfig(Record):
         if isinstance(self.capabilities, str):
             object.__setattr__(self, "capabilities", tuple(part.strip() for part in self.capabilities.split(",")))
         object.__setattr__(self, "sources", (self.sources,) if isinstance(self.sources, str) else tuple(self.sources))
-        _require(bool(self.model), "No model was given: a Hub id, a local folder, or 'pocket'.")
+        require(bool(self.model), "No model was given: a Hub id, a local folder, or 'pocket'.")
         for kind, given, allowed in (("method", self.method, METHODS), ("sequential", self.sequential, SEQUENTIAL)):
             if given not in allowed:
                 raise unknown(kind, given, allowed)
@@ -168,9 +72,9 @@ class CalibPruneConfig(Record):
                     raise unknown("capability", name, (*CAPABILITIES, "auto", "none"))
         for name, least in (("samples", 1), ("length", 8), ("micro_batch", 1)):
             value = getattr(self, name)
-            _require(value is None or value >= least, f"{name} must be at least {least}; {value} was given.")
-        _require(0 < self.damping < 1, f"damping is a share of the mean diagonal in (0, 1); {self.damping} was given.")
-        _require(self.seed >= 0, f"seed must not be negative; {self.seed} was given.")
+            require(value is None or value >= least, f"{name} must be at least {least}; {value} was given.")
+        require(0 < self.damping < 1, f"damping is a share of the mean diagonal in (0, 1); {self.damping} was given.")
+        require(self.seed >= 0, f"seed must not be negative; {self.seed} was given.")
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -199,7 +103,9 @@ class BaseModel(Record):
 @dataclass(frozen=True)
 class CalibrationSource(Record):
     """Where calibration text comes from. `text` says how a row becomes a document: a template over the row's columns
-    (`"{question}\\n{answer}"`), `"chat:COLUMN"`, or the name of a reader in `calibration/sources.py`."""
+    (`"{question}\\n{answer}"`), `"chat:COLUMN"`, or the name of a reader in `calibration/sources.py`. `written` names the
+    way in which the model wrote the text itself (`"self-cal"`, `"sgs"`, `"proposals"`) and is empty for text from elsewhere;
+    only such text may serve no capability in particular (`"any"`). `pool` says what the samples were made from."""
 
     name: str
     capability: str
@@ -211,13 +117,15 @@ class CalibrationSource(Record):
     path: str | None = None
     licence: str | None = None
     upper_bound: bool = False
+    written: str = ""
     pool: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(bool(self.name), "A source needs a name.")
-        if self.capability not in CAPABILITIES:
-            raise unknown(f"capability of source {self.name!r}", self.capability, CAPABILITIES)
-        _require(not (self.repo and self.path), f"Source {self.name!r} has both a repo and a path; give one of them.")
+        require(bool(self.name), "A source needs a name.")
+        allowed = (*CAPABILITIES, ANY) if self.written else CAPABILITIES
+        if self.capability not in allowed:
+            raise unknown(f"capability of source {self.name!r}", self.capability, allowed)
+        require(not (self.repo and self.path), f"Source {self.name!r} has both a repo and a path; give one of them.")
 
 
 @dataclass(frozen=True)
@@ -252,29 +160,38 @@ class CalibrationRow(Record):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0 < self.weight < math.inf, f"A row's weight must be positive; {self.weight:g} was given.")
+        require(0 < self.weight < math.inf, f"A row's weight must be positive; {self.weight:g} was given.")
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet(Record):
-    """Token ids `[samples, length]` (int64) with one row of provenance each, in the order in which they are used."""
+    """Token ids `[samples, length]` (int64) with one row of provenance each, in the order in which they are used.
+
+    `normalise` says how the rows make a layer's Hessian: `"none"`: one sum, each row with its weight; `"trace"`: one sum a
+    group, each divided by its trace, added with the groups' mean row weights.
+    """
 
     input_ids: Any  # numpy.ndarray; this module imports no numpy, so that the command line starts fast
     rows: tuple[CalibrationRow, ...]
+    normalise: str = "none"
 
     def __post_init__(self) -> None:
         import numpy as np
 
+        if self.normalise not in NORMALISE:
+            raise unknown("normalise", self.normalise, NORMALISE)
+
         ids = np.ascontiguousarray(self.input_ids, dtype=np.int64)
-        _require(ids.ndim == 2 and ids.size > 0, f"input_ids must be [samples, length]; got shape {ids.shape}.")
-        _require(len(ids) == len(self.rows), f"{len(ids)} samples but {len(self.rows)} rows.")
+        require(ids.ndim == 2 and ids.size > 0, f"input_ids must be [samples, length]; got shape {ids.shape}.")
+        require(len(ids) == len(self.rows), f"{len(ids)} samples but {len(self.rows)} rows.")
         ids.setflags(write=False)
         object.__setattr__(self, "input_ids", ids)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over shape, ids, groups and weights: two sets with the same fingerprint give the same Hessians."""
-        digest = hashlib.sha256(repr((self.input_ids.shape, [(r.group, r.weight) for r in self.rows])).encode())
+        """SHA-256 over all that makes the Hessians: shape, ids, groups, weights, and how they are normalised."""
+        made = (self.input_ids.shape, [(r.group, r.weight) for r in self.rows], self.normalise)
+        digest = hashlib.sha256(repr(made).encode())
         digest.update(self.input_ids.astype("<i8").tobytes())
         return digest.hexdigest()
 
@@ -381,7 +298,7 @@ class TaskScore(Record):
     item_scores: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        _require(bool(self.item_scores), f"Task {self.task!r} has no items.")
+        require(bool(self.item_scores), f"Task {self.task!r} has no items.")
 
     @property
     def value(self) -> float:

@@ -52,7 +52,9 @@ def test_a_bad_pattern_is_refused_in_one_sentence(given: str | float | None) -> 
         SparsityPattern.parse(given)
 
 
-@pytest.mark.parametrize("given", ["single:c4", "uniform", "weighted:a=2,b=0.12345678", "igsp"])
+@pytest.mark.parametrize(
+    "given", ["single:c4", "uniform", "weighted:a=2,b=0.12345678", "igsp", "sgs:prefix=2,keep=0.5"]
+)
 def test_a_mix_is_shown_as_it_was_given(given: str) -> None:
     assert str(MixRule.parse(given)) == given
 
@@ -65,10 +67,13 @@ def test_a_mix_is_shown_as_it_was_given(given: str) -> None:
         ("single", "names its source"),
         ("single:", "names its source"),
         ("weighted:", "names its sources"),
-        ("weighted:a=x", "each weight is a number"),
+        ("weighted:a=x", "each value is a number"),
         ("weighted:a=-1", "must be positive"),
         ("weighted:a=1,a=2", "each source once"),
-        ("uniform:a=1", "takes no source names"),
+        ("uniform:a=1", "neither source names nor options"),
+        ("self-cal:temperature=1", "Did you mean|Unknown option"),
+        ("self-cal:t_final=-1", "must not be negative"),
+        ("sgs:prefix=4,prefix=5", "each option once"),
     ],
 )
 def test_a_bad_mix_is_refused(given: str, message: str) -> None:

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values that a user writes as text: a sparsity pattern, the rule of a mix; and the names that are allowed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .record import unknown
+
+
+CAPABILITIES = ("general", "commonsense", "code", "math")
+ANY = "any"  # of text that the model wrote unguided
+METHODS = ("sparsegpt", "wanda", "magnitude")
+SEQUENTIAL = ("module", "block")
+NORMALISE = ("none", "trace")
+
+# The options of each mix, with their defaults; what they mean stands where they are used.
+OPTIONS: dict[str, dict[str, float]] = {
+    "single": {},
+    "uniform": {},
+    "weighted": {},
+    "self-cal": {"t_initial": 1.0, "t_final": 1.0, "tokens": 10},
+    "sgs": {"prefix": 4, "temperature": 0.6, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2, "keep": 0.8},
+    "igsp": {},
+    "cola": {},
+    "balanced": {"rounds": 0},
+    "mixcal": {},
+}
+MIXES = tuple(OPTIONS)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """Which share of the weights is zero: unstructured (`"60%"`), or n:m (`"2:4"`: n of every m may be non-zero)."""
+
+    fraction: float
+    n: int | None = None
+    m: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.fraction < 1, f"Sparsity must lie between 0 and 1, both excluded; {self.fraction:g} was given."
+        )
+        require((self.n is None) == (self.m is None), "An n:m pattern needs both n and m.")
+        if self.n is not None and self.m is not None:
+            require(0 < self.n < self.m <= 128, f"An n:m pattern needs 0 < n < m <= 128; {self.n}:{self.m} was given.")
+            require(
+                self.fraction == 1 - self.n / self.m, f"{self.n}:{self.m} means a fraction of {1 - self.n / self.m}."
+            )
+
+    @classmethod
+    def parse(cls, given: str | float | SparsityPattern) -> SparsityPattern:
+        """`"60%"`, `0.6`, `"0.6"`, `"2:4"` -> a pattern; `ValueError` for anything else."""
+        if isinstance(given, cls):
+            return given
+        text = str(given).strip()
+        try:
+            if ":" in text:
+                n, m = (int(part) for part in text.split(":"))
+                require(0 < n < m <= 128, f"An n:m pattern needs 0 < n < m <= 128; {text!r} was given.")
+                return cls(1 - n / m, n, m)
+            fraction = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+        except ValueError as error:
+            if "pattern needs" in str(error):
+                raise
+            raise ValueError(f"Unknown sparsity {given!r}; allowed: '60%', 0.6, or n:m such as '2:4'.") from None
+        return cls(fraction)
+
+    def __str__(self) -> str:
+        if self.n is not None:
+            return f"{self.n}:{self.m}"
+        percent = f"{self.fraction * 100:.10g}%"
+        return percent if float(percent[:-1]) / 100 == self.fraction else repr(self.fraction)
+
+
+@dataclass(frozen=True)
+class MixRule:
+    """How samples are chosen: a kind of `MIXES`, alone or with what belongs to it after a colon.
+
+    `"single:NAME"`, `"weighted:NAME=w,..."` with positive weights of sources, or the options of a kind, as in
+    `"self-cal:t_initial=1.5,tokens=20"`; `option` gives what was set, else the default in `OPTIONS`.
+    """
+
+    kind: str
+    weights: tuple[tuple[str, float], ...] = ()
+    options: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in MIXES:
+            raise unknown("mix", self.kind, MIXES)
+        if self.kind == "single":
+            require(
+                len(self.weights) == 1 and bool(self.weights[0][0]), "A single mix names its source: 'single:NAME'."
+            )
+        elif self.kind == "weighted":
+            require(bool(self.weights), "A weighted mix names its sources: 'weighted:NAME=2,OTHER=1'.")
+        else:
+            require(not self.weights, f"The mix {self.kind!r} takes no source names.")
+        for name, weight in self.weights:
+            require(0 < weight < math.inf, f"The weight of {name!r} must be positive; {weight:g} was given.")
+        require(len(dict(self.weights)) == len(self.weights), "A weighted mix names each source once.")
+        for name, value in self.options:
+            if name not in OPTIONS[self.kind]:
+                raise _unknown_option(self.kind, name)
+            require(0 <= value < math.inf, f"The option {name!r} must not be negative; {value:g} was given.")
+        require(len(dict(self.options)) == len(self.options), f"{self.kind!r} takes each option once.")
+
+    @classmethod
+    def parse(cls, given: str | MixRule) -> MixRule:
+        if isinstance(given, cls):
+            return given
+        kind, _, rest = given.strip().partition(":")
+        if kind not in MIXES:
+            raise unknown("mix", kind, MIXES)
+        if kind == "single":
+            return cls(kind, ((rest, 1.0),))
+        parts = [part.partition("=") for part in rest.split(",") if part]
+        try:
+            pairs = tuple((name.strip(), float(value)) for name, _, value in parts)
+        except ValueError:
+            raise ValueError(f"{given!r}: each value is a number, as in 'weighted:c4=2,gsm8k=1'.") from None
+        return cls(kind, pairs) if kind == "weighted" else cls(kind, options=pairs)
+
+    def option(self, name: str) -> float:
+        return (OPTIONS[self.kind] | dict(self.options))[name]
+
+    def __str__(self) -> str:
+        if self.kind == "single":
+            return f"single:{self.weights[0][0]}"
+        pairs = ",".join(f"{name}={value!r}".removesuffix(".0") for name, value in (*self.weights, *self.options))
+        return f"{self.kind}:{pairs}" if pairs else self.kind
+
+
+def _unknown_option(kind: str, name: str) -> ValueError:
+    if not OPTIONS[kind]:
+        return ValueError(f"The mix {kind!r} takes neither source names nor options; {name!r} was given.")
+    return unknown(f"option of the mix {kind!r}", name, tuple(OPTIONS[kind]))
+
+
+HALF = SparsityPattern(0.5)
+UNIFORM = MixRule("uniform")
