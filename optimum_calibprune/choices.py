@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import pocket
 from .calibration import mix as mixes
+from .calibration.selfgen import read_seeds, sampling, written_sources
 from .calibration.sources import OpenSource, open_sources
 from .calibration.table import SOURCES
 from .capabilities.perplexity import WIKITEXT2
 from .capabilities.tasks import Task, pocket_tasks
 from .loading import pruned_from
 from .records import CAPABILITIES, CalibPruneConfig, CalibrationSource
+from .values import SELF
 
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 
 SAMPLES, LENGTH, MICRO_BATCH_TOKENS = 128, 2048, 2048
+SGS_CORPUS = "wikitext2"  # the source whose documents SGS continues, unless the user names others
 NO_SUITE = "this release measures capabilities of the pocket model only"
 Sources = Sequence[str | CalibrationSource] | Mapping[str, Any] | None
 
@@ -72,12 +75,34 @@ def choose_tasks(config: CalibPruneConfig) -> list[Task]:
 
 
 def choose_sources(config: CalibPruneConfig, given: Sources) -> list[OpenSource]:
-    """Those that were given, else those that the mix names, else the default ones; checked against the mix."""
+    """Those that were given, else those that the mix names or the model writes, else the default ones; checked.
+
+    With SGS, the sources beside the model's own are those whose documents it continues.
+    """
     table = {**SOURCES, **pocket.sources()} if is_pocket(config) else SOURCES
     default = pocket.default_sources() if is_pocket(config) else list(SOURCES)
     named = [name for name, _ in config.mix.weights]
-    opened = open_sources(given or config.sources or named or default, table)
-    mixes.quotas(config.mix, [entry.source for entry in opened], config.samples or SAMPLES)
+    asked = given or config.sources
+    rule = config.mix
+    if rule.kind == "self-cal" and asked:
+        raise ValueError("The mix 'self-cal' is written by the model alone; leave the sources out, or choose 'igsp'.")
+    if config.seed_texts is not None and rule.kind != "igsp":
+        raise ValueError(f"Seed texts are what the model's proposals for 'igsp' begin with; the mix is {str(rule)!r}.")
+    if rule.kind in ("self-cal", "sgs", "igsp"):
+        sampling(rule)
+    if rule.kind == "sgs":
+        opened = written_sources(rule) + open_sources(asked or [SGS_CORPUS], table)
+    elif rule.kind == "self-cal" or (rule.kind == "igsp" and not asked):
+        opened = written_sources(rule)
+    elif not isinstance(asked, Mapping) and SELF in (asked or ()):
+        if rule.kind != "igsp":
+            raise ValueError(f"The source {SELF!r} is for the mix 'igsp'; the mix is {str(rule)!r}.")
+        opened = written_sources(rule) + open_sources([name for name in asked if name != SELF], table)
+    else:
+        opened = open_sources(asked or named or default, table)
+    if rule.kind == "igsp":
+        read_seeds(config.seed_texts)
+    mixes.quotas(rule, [entry.source for entry in opened], config.samples or SAMPLES)
     return opened
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .records import CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan
+from . import cli_study
+from .records import CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan, SourceProfile
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ FAILED, BAD_ARGUMENTS = 1, 2
 BESIDE_WEIGHTS = 2**25  # bytes on disk for tokenizer, records and card
 CONFIG_OPTIONS = (
     *("revision", "sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping"),
-    *("capabilities", "seed", "dtype", "device"),
+    *("capabilities", "seed", "seed_texts", "dtype", "device"),
 )
 
 
@@ -42,16 +43,24 @@ def _add_model(parser: ArgumentParser) -> None:
 
 
 def _add_calibration(parser: ArgumentParser) -> None:
-    parser.add_argument("--mix", help="uniform (default), igsp, single:NAME, or weighted:NAME=2,OTHER=1")
+    parser.add_argument(
+        "--mix",
+        metavar="MIX",
+        help="of text from sources: single:NAME, uniform (default), weighted:NAME=2,OTHER=1, cola, balanced, mixcal; written by "
+        "the model: self-cal, sgs; chosen from what the model or the sources propose: igsp; with options as in "
+        "igsp:temperature=0.8,oversample=4",
+    )
     parser.add_argument(
         "--sources",
         nargs="+",
         metavar="SOURCE",
-        help="names listed by 'calibprune sources', PATH (counts as general), or NAME=PATH:CAPABILITY",
+        help="names listed by 'calibprune sources', PATH (counts as general), or NAME=PATH:CAPABILITY; for igsp also "
+        "'self': the model itself (its default)",
     )
     parser.add_argument("--samples", type=int, help="calibration samples (default 128; pocket: 64)")
     parser.add_argument("--length", type=int, help="tokens in a sample (default 2048; pocket: 256)")
     parser.add_argument("--seed", type=int, help="seed of the draw (default 0)")
+    parser.add_argument("--seed-texts", metavar="FILE", help="JSON table of the short texts that the model continues")
 
 
 def _add_evaluation(parser: ArgumentParser) -> None:
@@ -275,6 +284,31 @@ def _source_row(source: CalibrationSource) -> list[str]:
     return [source.name, source.capability, where, source.licence or "see the data set's card"]
 
 
+PROFILE_HEADER = (
+    *("source", "capability", "share", "perplexity", "entropy", "duplicates", "collisions"),
+    *("types", "bits", "zip"),
+)
+PROFILE_LEGEND = (
+    "entropy: under the model, nats a token; duplicates, collisions: of 4-grams; types: type-token ratio;\n"
+    "bits: unigram entropy, bits a token; zip: compression ratio of the text."
+)
+
+
+def _profile_row(profile: SourceProfile, share: float) -> list[str]:
+    return [
+        profile.name,
+        profile.capability,
+        f"{100 * share:.1f} %",
+        f"{profile.perplexity:.2f}",
+        f"{profile.model_entropy:.2f}",
+        f"{100 * profile.duplicate_rate:.1f} %",
+        f"{profile.collision_probability:.2e}",
+        f"{profile.type_token_ratio:.3f}",
+        f"{profile.unigram_entropy:.2f}",
+        f"{profile.compression_ratio:.2f}",
+    ]
+
+
 class MixCommand(BaseOptimumCLICommand):
     """Choose a calibration set and show it, without pruning."""
 
@@ -306,20 +340,8 @@ class MixCommand(BaseOptimumCLICommand):
             if arguments.json:
                 _say(mix.to_json().rstrip())
                 return
-            rows = [["source", "capability", "share", "perplexity", "4-gram duplicates", "4-gram collisions"]]
-            for p in choice.profiles:
-                share = f"{100 * mix.shares.get(p.name, 0):.1f} %"
-                duplicates = f"{100 * p.duplicate_rate:.1f} %"
-                cells = [
-                    p.name,
-                    p.capability,
-                    share,
-                    f"{p.perplexity:.2f}",
-                    duplicates,
-                    f"{p.collision_probability:.2e}",
-                ]
-                rows.append(cells)
-            _say(_table(rows))
+            _say(_table([PROFILE_HEADER, *(_profile_row(p, mix.shares.get(p.name, 0)) for p in choice.profiles)]))
+            _say(f"\n{PROFILE_LEGEND}")
             _say(f"\n{len(calibration.rows)} samples, fingerprint {calibration.fingerprint[:16]}")
             if mix.objective is not None:
                 _say(f"J = {mix.objective:.4f} ({', '.join(f'{k} {v:.4f}' for k, v in mix.parts.items())})")
@@ -361,6 +383,25 @@ class EvaluateCommand(BaseOptimumCLICommand):
                 _say(f"\nPerplexity on {report.text}, windows of {report.length} tokens: {found}")
 
 
+class StudyCommand(BaseOptimumCLICommand):
+    """Prune with many mixes, and tabulate what each capability kept."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        _add_model(parser)
+        cli_study.add_arguments(parser)
+        _add_evaluation(parser)
+
+    def run(self) -> None:
+        _quiet_libraries()
+        with _errors(FAILED, cli_study.KEPT), _interrupts() as check:
+            with _errors(BAD_ARGUMENTS, cli_study.KEPT):
+                study = cli_study.opened(self.args)
+            data = cli_study.run(study, self.args, check, lambda line: _say(line, to_stderr=True))
+            _say(json.dumps(data, indent=1) if self.args.json else _table(cli_study.rows(data)))
+            cli_study.check_failed(study)
+
+
 class CalibPruneCommand(BaseOptimumCLICommand):
     """The root of the subcommands."""
 
@@ -370,4 +411,5 @@ class CalibPruneCommand(BaseOptimumCLICommand):
         CommandInfo(name="sources", help="List calibration sources.", subcommand_class=SourcesCommand),
         CommandInfo(name="mix", help="Choose a calibration set and show it.", subcommand_class=MixCommand),
         CommandInfo(name="evaluate", help="Measure a model's capabilities.", subcommand_class=EvaluateCommand),
+        CommandInfo(name="study", help="Compare mixes over sparsities and seeds.", subcommand_class=StudyCommand),
     )

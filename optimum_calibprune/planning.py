@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from .pruning import blocks, schedule
+from .pruning.balance import ROUNDS
 from .pruning.blocks import InputGroup
 from .pruning.kernels.reference import sweep
 from .pruning.sparsegpt import BLOCK
 from .records import CalibPruneConfig, Plan
+from .values import CAPABILITIES
 
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def make_plan(
         replays=replays,
         device=str(device),
         memory=_memory(model, groups, config, resident),
-        seconds=_seconds(model, groups, config.samples * config.length, replays * replayed),
+        seconds=_seconds(model, groups, config, replays * replayed),
     )
 
 
@@ -72,9 +74,10 @@ def _memory(
     waiting = max(
         sum(g.columns + sum(blocks.weight_of(m).shape[0] for m in g.modules) for g in block) for block in groups
     )
-    squares = 3 * max(group.columns for block in groups for group in block) ** 2
+    hessians = 1 + len(CAPABILITIES) if config.mix.kind == "balanced" else 1  # one a capability, and their sum
+    squares = (2 + hessians) * max(group.columns for block in groups for group in block) ** 2
     if config.sequential == "block":  # which holds all Hessians of a block at once
-        squares += max(sum(group.columns**2 for group in block) for block in groups)
+        squares += hessians * max(sum(group.columns**2 for group in block) for block in groups)
     place = model.device.type
     return {
         f"model on {place}": sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -84,8 +87,13 @@ def _memory(
     }
 
 
-def _seconds(model: PreTrainedModel, groups: list[list[InputGroup]], tokens: int, replays: float) -> float:
+def _seconds(
+    model: PreTrainedModel, groups: list[list[InputGroup]], config: CalibPruneConfig, replays: float
+) -> float:
     """Of the pruning stage: products and the sweep at rates measured here and now."""
+    assert config.samples and config.length
+    tokens = config.samples * config.length
+    solutions = 1 + ROUNDS if config.mix.kind == "balanced" and config.mix.option("worst") else 1
     forward_rate, solve_rate = _product_rate(model.dtype, model.device), _product_rate(torch.float32, model.device)
     rows = max(blocks.weight_of(m).shape[0] for block in groups for group in block for m in group.modules)
     sweep_rate = _sweep_rate(min(rows, 8192), model.device)
@@ -95,9 +103,9 @@ def _seconds(model: PreTrainedModel, groups: list[list[InputGroup]], tokens: int
             columns = group.columns
             outputs = sum(blocks.weight_of(m).shape[0] for m in group.modules)
             seconds += (1 + replays) * 2 * tokens * columns * outputs / forward_rate
-            seconds += (2 * tokens * columns**2 + columns**3) / solve_rate
-            seconds += 5 * outputs * columns**2 / solve_rate
-            seconds += outputs * columns / sweep_rate + len(group.modules) * columns * COLUMN_SECONDS
+            seconds += 2 * tokens * columns**2 / solve_rate
+            seconds += solutions * (columns**3 + 5 * outputs * columns**2) / solve_rate
+            seconds += solutions * (outputs * columns / sweep_rate + len(group.modules) * columns * COLUMN_SECONDS)
     return seconds
 
 

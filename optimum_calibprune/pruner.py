@@ -235,6 +235,7 @@ class CalibPruner:
             samples=self.config.samples,
             length=self.config.length,
             seed=self.config.seed,
+            seed_texts=self.config.seed_texts,
             token=self.token,
             on_read=_stage(on_progress, "read"),
             on_measure=_stage(on_progress, "measure"),

@@ -38,6 +38,7 @@ class CalibPruneConfig(Record):
     `samples` and `length` (tokens) may be left out: 128 x 2048, for the pocket model 64 x 256. `micro_batch` is the number
     of samples whose arithmetic is done together; left out, it is as many as make about 2048 tokens. `sequential="module"`
     lets each module see what the pruned ones before it produce; `"block"` is the two-pass scheme of the SparseGPT paper.
+    `seed_texts` is a JSON file with the short texts, by capability, that the model continues for `mix="igsp"`.
     """
 
     model: str
@@ -53,6 +54,7 @@ class CalibPruneConfig(Record):
     damping: float = 0.01
     capabilities: tuple[str, ...] = ("auto",)
     seed: int = 0
+    seed_texts: str | None = None
     dtype: str = "auto"
     device: str = "auto"
 
@@ -130,12 +132,18 @@ class CalibrationSource(Record):
 
 @dataclass(frozen=True)
 class SampleProfile(Record):
-    """What one sample is like under the dense model. `tokens` is its length; the rates are over its token 4-grams."""
+    """What one sample is like; `docs/metrics.md` defines each metric. `tokens` is its length; the rates are over its token
+    4-grams; `unigram_entropy` is in bits a token, `model_entropy` in nats. Records of the first release lack the last four.
+    """
 
     perplexity: float
     duplicate_rate: float
     collision_probability: float
     tokens: int
+    type_token_ratio: float | None = None
+    unigram_entropy: float | None = None
+    compression_ratio: float | None = None
+    model_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,10 @@ class SourceProfile(Record):
     perplexity: float
     duplicate_rate: float
     collision_probability: float
+    type_token_ratio: float | None = None
+    unigram_entropy: float | None = None
+    compression_ratio: float | None = None
+    model_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,8 @@ class CalibrationSet(Record):
     """Token ids `[samples, length]` (int64) with one row of provenance each, in the order in which they are used.
 
     `normalise` says how the rows make a layer's Hessian: `"none"`: one sum, each row with its weight; `"trace"`: one sum a
-    group, each divided by its trace, added with the groups' mean row weights.
+    group, each divided by its trace, added with the groups' mean row weights; `"minimax"`: the same, with weights that are
+    then moved toward the group that loses most.
     """
 
     input_ids: Any  # numpy.ndarray; this module imports no numpy, so that the command line starts fast
@@ -199,7 +212,7 @@ class CalibrationSet(Record):
 @dataclass(frozen=True)
 class Mix(Record):
     """Which samples of which source were taken, and why. `objective` is J and `parts` its terms (IGSP only);
-    `trace` holds J after each choice."""
+    `trace` holds J after each choice; `normalise` is that of the `CalibrationSet`."""
 
     rule: MixRule
     quotas: dict[str, int]
@@ -208,6 +221,7 @@ class Mix(Record):
     objective: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     trace: tuple[float, ...] = ()
+    normalise: str = "none"
 
 
 # --------------------------------------------------------------------------------------------- pruning

@@ -11,9 +11,10 @@ from .record import unknown
 
 CAPABILITIES = ("general", "commonsense", "code", "math")
 ANY = "any"  # of text that the model wrote unguided
+SELF = "self"  # the source that is the model itself, as a user names it
 METHODS = ("sparsegpt", "wanda", "magnitude")
 SEQUENTIAL = ("module", "block")
-NORMALISE = ("none", "trace")
+NORMALISE = ("none", "trace", "minimax")
 
 # The options of each mix, with their defaults; what they mean stands where they are used.
 OPTIONS: dict[str, dict[str, float]] = {
@@ -22,10 +23,13 @@ OPTIONS: dict[str, dict[str, float]] = {
     "weighted": {},
     "self-cal": {"t_initial": 1.0, "t_final": 1.0, "tokens": 10},
     "sgs": {"prefix": 4, "temperature": 0.6, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2, "keep": 0.8},
-    "igsp": {},
-    "cola": {},
-    "balanced": {"rounds": 0},
-    "mixcal": {},
+    "igsp": {
+        **{"temperature": 0.7, "oversample": 4, "level": 3, "imbalance": 0},
+        **{"general": 1, "commonsense": 1, "code": 2, "math": 2},
+    },
+    "cola": {"layers": 1},
+    "balanced": {"worst": 0},
+    "mixcal": {"general": 0.5},
 }
 MIXES = tuple(OPTIONS)
 

@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a set of samples is like: perplexity under the dense model, and how much its token 4-grams repeat."""
+"""What samples are like: their likelihood under the dense model, and profiles of samples and of sources of any length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..records import SampleProfile, SourceProfile
+from .metrics import (
+    WAITING,
+    Tally,
+    collision_probability,
+    compression_ratio,
+    duplicate_rate,
+    gram_keys,
+    text_bytes,
+    type_token_ratio,
+    unigram_entropy,
+)
 
 
 if TYPE_CHECKING:
@@ -20,8 +33,32 @@ LOGIT_BYTES = 2**28  # fp32 logits that may be in memory at once
 Progress = Callable[[int, int, str], None]
 
 
-def mean_nll(model: PreTrainedModel, input_ids: np.ndarray, on_progress: Progress | None = None) -> np.ndarray:
-    """Mean negative log-likelihood (nats) of tokens 2..length of each sample `[samples, length]`; float64 `[samples]`."""
+# -------------------------------------------------------------------------------------- under the model
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """What the dense model says of samples, in nats a token, float64 `[samples]`, over tokens 2..length of each.
+
+    `nll`: the mean negative log-likelihood, `-1/(n-1) sum over t of ln p(x_t | x_<t)`. Its exp is the perplexity. Source:
+    Jelinek et al. 1977, "Perplexity: a Measure of the Difficulty of Speech Recognition Tasks", JASA 62.
+
+    `entropy`: how open the model finds what comes next, `-1/(n-1) sum over t, v of p(v | x_<t) ln p(v | x_<t)`: 0 where it
+    is sure, the log of the vocabulary's size where it has no idea. On text that the model itself draws at temperature 1 it
+    is what `nll` is expected to be. Source: Malinin and Gales 2021, "Uncertainty Estimation in Autoregressive Structured
+    Prediction", ICLR.
+    """
+
+    nll: np.ndarray
+    entropy: np.ndarray
+
+    def of(self, rows: Sequence[int] | np.ndarray) -> Likelihood:
+        """That of some of the samples, by index or mask."""
+        return Likelihood(self.nll[rows], self.entropy[rows])
+
+
+def likelihood(model: PreTrainedModel, input_ids: np.ndarray, on_progress: Progress | None = None) -> Likelihood:
+    """Likelihood and entropy of samples `[samples, length]`, from one forward pass."""
     import torch
 
     device = model.get_input_embeddings().weight.device
@@ -33,22 +70,37 @@ def mean_nll(model: PreTrainedModel, input_ids: np.ndarray, on_progress: Progres
         for start in range(0, len(input_ids), batch):
             ids = torch.from_numpy(input_ids[start : start + batch].astype(np.int64)).to(device)
             logits = model(input_ids=ids, use_cache=False).logits
-            results += [_sample_nll(one, target) for one, target in zip(logits[:, :-1], ids[:, 1:], strict=True)]
+            results += [_of_one(one, target) for one, target in zip(logits[:, :-1], ids[:, 1:], strict=True)]
             if on_progress is not None:
                 on_progress(len(results), len(input_ids), "perplexity")
-    return np.array(results)
+    nll, entropy = np.array(results).reshape(-1, 2).T
+    return Likelihood(nll, entropy)
 
 
-def _sample_nll(logits: Tensor, targets: Tensor) -> float:
+def mean_nll(model: PreTrainedModel, input_ids: np.ndarray, on_progress: Progress | None = None) -> np.ndarray:
+    """Mean negative log-likelihood (nats) of tokens 2..length of each sample `[samples, length]`; float64 `[samples]`."""
+    return likelihood(model, input_ids, on_progress).nll
+
+
+def _of_one(logits: Tensor, targets: Tensor) -> tuple[float, float]:
     """Of one sample; `[length - 1, vocabulary]` is turned into fp32 a slice at a time."""
     import torch
 
     step = max(1, LOGIT_BYTES // (4 * logits.shape[1]))
-    total = 0.0
+    nll = entropy = 0.0
     for rows, wanted in zip(logits.split(step), targets.split(step), strict=True):
-        loss = torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="sum")
-        total += float(loss)
-    return total / len(targets)
+        logs = torch.log_softmax(rows, dim=-1, dtype=torch.float32)
+        nll -= _sum(logs.gather(1, wanted[:, None]))
+        logs.clamp_(min=torch.finfo(torch.float32).min)  # 0 ln 0 is 0
+        entropy -= _sum(logs.exp().mul_(logs).sum(dim=-1))
+    return nll / len(targets), entropy / len(targets)
+
+
+def _sum(positions: Tensor) -> float:
+    return float(positions.cpu().double().sum())
+
+
+# ---------------------------------------------------------------------------------------------- 4-grams
 
 
 def grams(input_ids: np.ndarray) -> np.ndarray:
@@ -63,35 +115,95 @@ def grams(input_ids: np.ndarray) -> np.ndarray:
     return np.unique(quads, return_inverse=True)[1].reshape(quads.shape)
 
 
-def duplicate_rate(codes: np.ndarray) -> float:
-    """4-gram aggregation as 1 - distinct / total: 0 where nothing repeats. The paper does not give its formula; this
-    reading is the one that selection minimises."""
-    return 1.0 - len(np.unique(codes)) / codes.size
+# --------------------------------------------------------------------------------------------- profiles
 
 
-def collision_probability(codes: np.ndarray) -> float:
-    """4-gram aggregation as sum p(g)^2: the chance that two 4-grams drawn at random are the same (Simpson 1949)."""
-    counts = np.unique(codes, return_counts=True)[1] / codes.size
-    return float((counts**2).sum())
-
-
-def profile_samples(input_ids: np.ndarray, nll: np.ndarray) -> tuple[SampleProfile, ...]:
-    """One profile a sample."""
-    codes = grams(input_ids)
+def profile_samples(input_ids: np.ndarray, measured: Likelihood, texts: Iterable[str]) -> tuple[SampleProfile, ...]:
+    """One profile a sample of `input_ids [samples, length]`; `texts` is what each says, special tokens included."""
+    _require_grams(input_ids)
     return tuple(
-        SampleProfile(float(np.exp(loss)), duplicate_rate(row), collision_probability(row), input_ids.shape[1])
-        for row, loss in zip(codes, nll, strict=True)
+        SampleProfile(
+            perplexity=float(np.exp(nll)),
+            duplicate_rate=duplicate_rate(codes),
+            collision_probability=collision_probability(codes),
+            tokens=len(ids),
+            type_token_ratio=type_token_ratio(ids),
+            unigram_entropy=unigram_entropy(ids),
+            compression_ratio=compression_ratio([text]),
+            model_entropy=float(entropy),
+        )
+        for ids, codes, nll, entropy, text in zip(
+            input_ids, grams(input_ids), measured.nll, measured.entropy, texts, strict=True
+        )
     )
 
 
-def profile_source(name: str, capability: str, input_ids: np.ndarray, nll: np.ndarray) -> SourceProfile:
+def profile_source(
+    name: str, capability: str, input_ids: np.ndarray, measured: Likelihood, texts: Iterable[str]
+) -> SourceProfile:
     """One profile of all samples together."""
-    codes = grams(input_ids)
-    return SourceProfile(
-        name=name,
-        capability=capability,
-        samples=len(input_ids),
-        perplexity=float(np.exp(nll.mean())),
-        duplicate_rate=duplicate_rate(codes),
-        collision_probability=collision_probability(codes),
-    )
+    profile = RunningProfile(name, capability)
+    profile.add(input_ids, measured, texts)
+    return profile.result()
+
+
+class RunningProfile:
+    """The profile of a source whose samples arrive in portions; neither their size nor their order changes a bit of it.
+
+    Memory is bounded by the source's distinct 4-grams (see `metrics.Tally`) and 64 bytes a sample, however long it is.
+    """
+
+    def __init__(self, name: str, capability: str) -> None:
+        self.name, self.capability = name, capability
+        self._length: int | None = None
+        self._tokens, self._grams = Tally(), Tally(numbers=2)
+        self._nll: list[float] = []
+        self._entropy: list[float] = []
+        self._plain = self._packed = 0
+
+    def add(self, input_ids: np.ndarray, measured: Likelihood, texts: Iterable[str]) -> None:
+        """Adds samples `[samples, length]` and their texts, which are read one by one.
+
+        Raises `ValueError` for samples of another length than those before: token and 4-gram rates depend on it.
+        """
+        _require_grams(input_ids)
+        samples, length = input_ids.shape
+        if length != (self._length or length):
+            raise ValueError(
+                f"Samples of {self.name!r} have {self._length} tokens; these have {length}. Cut them alike."
+            )
+        self._length = length
+        portion = max(1, WAITING // length)
+        for start in range(0, samples, portion):
+            ids = input_ids[start : start + portion]
+            self._tokens.add(ids.reshape(1, -1).astype(np.int64))
+            self._grams.add(gram_keys(ids))
+        for nll, entropy, text in zip(measured.nll, measured.entropy, texts, strict=True):
+            self._nll.append(float(nll))
+            self._entropy.append(float(entropy))
+            plain, packed = text_bytes(text)
+            self._plain += plain
+            self._packed += packed
+
+    def result(self) -> SourceProfile:
+        """The profile of all samples so far; more may follow. Raises `ValueError` where there is none."""
+        samples = len(self._nll)
+        if samples == 0:
+            raise ValueError(f"No sample of {self.name!r} was measured.")
+        return SourceProfile(
+            name=self.name,
+            capability=self.capability,
+            samples=samples,
+            perplexity=float(np.exp(math.fsum(self._nll) / samples)),  # fsum rounds once, whatever the order
+            duplicate_rate=duplicate_rate(self._grams),
+            collision_probability=collision_probability(self._grams),
+            type_token_ratio=type_token_ratio(self._tokens),
+            unigram_entropy=unigram_entropy(self._tokens),
+            compression_ratio=self._plain / self._packed,
+            model_entropy=math.fsum(self._entropy) / samples,
+        )
+
+
+def _require_grams(input_ids: np.ndarray) -> None:
+    if input_ids.shape[1] < 4:
+        raise ValueError(f"Samples of {input_ids.shape[1]} tokens hold no 4-gram; give samples of 4 tokens or more.")

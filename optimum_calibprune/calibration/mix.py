@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples of which source make the calibration set, and why: single, uniform, weighted, IGSP."""
+"""Which samples of which source make the calibration set, and why: the rules of all mixes."""
 
 from __future__ import annotations
 
-import heapq
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..records import CalibrationRow, CalibrationSet, CalibrationSource, Mix, MixRule, unknown
-from .measure import grams
+from ..records import CalibrationRow, CalibrationSet, CalibrationSource, Mix, MixRule, require, unknown
+from .cola import select_by_clusters
+from .perplexity_balance import Balance, Imbalance, Level
+from .select import select
 from .sources import Pool
+from .weighting import mixcal_weights
 
 
 OVERSAMPLE = 4
-BALANCE_WEIGHT = 0.1  # lambda of J
 
 
 # ----------------------------------------------------------------------------------------------- quotas
@@ -30,10 +32,11 @@ def even_split(total: int, names: Iterable[str]) -> dict[str, int]:
 
 
 def quotas(rule: MixRule, sources: Sequence[CalibrationSource], samples: int) -> dict[str, int]:
-    """How many samples each source gives; for IGSP, what it would give in the uniform mix.
+    """How many samples each source gives; for IGSP and COLA, what it would give in the uniform mix.
 
-    Raises `ValueError` where the rule names a source that is not among `sources`.
+    Raises `ValueError` where the rule names a source that is not among `sources`, and for an option out of range.
     """
+    _check_options(rule)
     for name, _ in rule.weights:
         if name not in [source.name for source in sources]:
             raise unknown("source of the mix", name, [source.name for source in sources])
@@ -41,14 +44,42 @@ def quotas(rule: MixRule, sources: Sequence[CalibrationSource], samples: int) ->
         return {rule.weights[0][0]: samples}
     if rule.kind == "weighted":
         return _weighted(dict(rule.weights), samples)
-    counts: dict[str, int] = {}
-    for capability, quota in capability_quotas(sources, samples).items():
+    if rule.kind in ("self-cal", "sgs"):
+        return {source.name: samples for source in sources if source.written}
+    if rule.kind == "mixcal":  # capabilities are weighed in the Hessian, not by their number of samples
+        counts = even_split(samples, [source.name for source in sources])
+        return {name: count for name, count in counts.items() if count}
+    counts = {}
+    for capability, quota in capability_quotas(rule, sources, samples).items():
         counts |= even_split(quota, [s.name for s in sources if s.capability == capability])
     return {name: count for name, count in counts.items() if count}
 
 
-def capability_quotas(sources: Sequence[CalibrationSource], samples: int) -> dict[str, int]:
-    return even_split(samples, {source.capability for source in sources})
+def _check_options(rule: MixRule) -> None:
+    if rule.kind == "balanced":
+        worst = rule.option("worst")
+        require(worst in (0, 1), f"balanced:worst is 0 (equal weights) or 1 (for the worst); {worst:g} was given.")
+    if rule.kind == "mixcal":
+        general = rule.option("general")
+        require(0 < general < 1, f"mixcal:general is a share between 0 and 1, both excluded; {general:g} was given.")
+    if rule.kind == "igsp":
+        factor = rule.option("oversample")
+        require(factor == int(factor) >= 1, f"igsp:oversample is a whole number from 1 on; {factor:g} was given.")
+        terms = [name for name in ("level", "imbalance") if rule.option(name)]
+        require(len(terms) < 2, "igsp takes one term beside aggregation; for igsp:imbalance=... also give level=0.")
+    if rule.kind == "cola":
+        layers = rule.option("layers")
+        require(layers == int(layers), f"cola:layers is a whole number, 0 for all layers; {layers:g} was given.")
+
+
+def capability_quotas(rule: MixRule, sources: Sequence[CalibrationSource], samples: int) -> dict[str, int]:
+    """How many samples each capability gives: for IGSP by the weights of its options, else the same number."""
+    capabilities = {source.capability for source in sources}
+    if rule.kind != "igsp":
+        return even_split(samples, capabilities)
+    weights = {name: rule.option(name) for name in capabilities}
+    require(sum(weights.values()) > 0, f"igsp needs a weight above 0 for one of {', '.join(sorted(capabilities))}.")
+    return _weighted(weights, samples)
 
 
 def _weighted(weights: Mapping[str, float], samples: int) -> dict[str, int]:
@@ -63,8 +94,8 @@ def _weighted(weights: Mapping[str, float], samples: int) -> dict[str, int]:
 
 
 def windows_wanted(rule: MixRule, sources: Sequence[CalibrationSource], samples: int) -> dict[str, int]:
-    """How many windows are drawn from each source's pool: its quota, for IGSP its candidates."""
-    factor = OVERSAMPLE if rule.kind == "igsp" else 1
+    """How many windows are drawn from each source's pool: its quota, for IGSP and COLA its candidates."""
+    factor = int(rule.option("oversample")) if rule.kind == "igsp" else OVERSAMPLE if rule.kind == "cola" else 1
     return {name: factor * count for name, count in quotas(rule, sources, samples).items()}
 
 
@@ -92,11 +123,17 @@ def draw(pools: Sequence[Pool], counts: Mapping[str, int], seed: int) -> Candida
 
 
 def calibration_set(
-    rule: MixRule, candidates: Candidates, counts: Mapping[str, int], nll: np.ndarray | None = None
+    rule: MixRule,
+    candidates: Candidates,
+    counts: Mapping[str, int],
+    nll: np.ndarray | None = None,
+    activations: np.ndarray | None = None,
+    seed: int = 0,
 ) -> tuple[CalibrationSet, Mix]:
     """The calibration set of a mix, and the account of it.
 
-    `nll` is each candidate's mean negative log-likelihood, which IGSP needs; the other mixes take all candidates.
+    `nll` is each candidate's mean negative log-likelihood, which IGSP needs; COLA needs `activations` and `seed`, see
+    `cola.select_by_clusters`, and its quotas are what the clusters gave. The other mixes take all candidates.
     """
     if rule.kind == "igsp":
         assert nll is not None
@@ -104,11 +141,20 @@ def calibration_set(
         capability_of = {row.origin: row.group for row in candidates.rows}
         for name, count in counts.items():
             by_capability[capability_of[name]] = by_capability.get(capability_of[name], 0) + count
-        chosen, trace, parts = select(candidates, by_capability, nll)
+        groups = [row.group for row in candidates.rows]
+        term, weight = _balance(rule)
+        selection = select(candidates.input_ids, groups, nll, by_capability, balance_weight=weight, balance=term)
+        chosen, trace, parts = selection.chosen.tolist(), selection.trace, selection.parts
+    elif rule.kind == "cola":
+        assert activations is not None
+        chosen, trace, parts = select_by_clusters(activations, sum(counts.values()), seed), (), {}
+        by_capability = dict(Counter(candidates.rows[i].origin for i in chosen))
     else:
         by_capability, trace, parts = dict(counts), (), {}
         chosen = list(range(len(candidates.rows)))
     rows = tuple(candidates.rows[i] for i in chosen)
+    if rule.kind == "mixcal":
+        rows = mixcal_weights(rows, rule.option("general"))
     origins = [row.origin for row in rows]
     mix = Mix(
         rule=rule,
@@ -118,67 +164,30 @@ def calibration_set(
         objective=trace[-1] if trace else None,
         parts=parts,
         trace=trace,
+        normalise=_normalise(rule),
     )
-    return CalibrationSet(candidates.input_ids[chosen], rows), mix
+    return CalibrationSet(candidates.input_ids[chosen], rows, mix.normalise), mix
+
+
+def _balance(rule: MixRule) -> tuple[type[Balance], float]:
+    """The term that IGSP's objective has beside aggregation, and its weight."""
+    imbalance = rule.option("imbalance")
+    return (Imbalance, imbalance) if imbalance else (Level, rule.option("level"))
+
+
+def _normalise(rule: MixRule) -> str:
+    """How the Hessians of the capabilities become one; see `CalibrationSet`."""
+    if rule.kind != "balanced":
+        return "none"
+    return "minimax" if rule.option("worst") else "trace"
 
 
 def _note(rule: MixRule, counts: Mapping[str, int]) -> str:
     """How shares that are no whole number became quotas."""
     if rule.kind == "single" or len(counts) == 1:
         return ""
+    if rule.kind == "cola":
+        return "one sample of each cluster of activations"
     if rule.kind == "weighted":
         return "quotas are rounded by largest remainders, ties to the first names in alphabetical order"
     return "remainders, where there are any, go to the first names in alphabetical order"
-
-
-# ------------------------------------------------------------------------------------------------- IGSP
-
-
-def imbalance(nll: np.ndarray, groups: np.ndarray, scale: float) -> float:
-    """B: the largest distance of a group's mean log-perplexity from the mean of those means, over `scale`."""
-    means = np.array([nll[groups == group].mean() for group in np.unique(groups)])
-    return float(np.abs(means - means.mean()).max() / scale) if scale > 0 else 0.0
-
-
-def select(
-    candidates: Candidates, quota: Mapping[str, int], nll: np.ndarray
-) -> tuple[list[int], tuple[float, ...], dict[str, float]]:
-    """IGSP's selection: exactly `quota` samples of each group, by lazy greedy on the number of distinct 4-grams.
-
-    Every step takes the candidate that adds the most 4-grams not yet covered, among groups that are not full; ties go
-    to the earlier candidate. Coverage is submodular, so a gain that was computed earlier can only have shrunk, and
-    only the top of the heap is computed again (Minoux 1978).
-
-    Returns:
-        the chosen indices in ascending order, J = A4 + lambda B after each step, and the final parts of J.
-    """
-    groups = np.array([row.group for row in candidates.rows])
-    for group, count in quota.items():
-        if int((groups == group).sum()) < count:
-            raise ValueError(f"{count} samples of {group!r} were asked for, {(groups == group).sum()} are candidates.")
-    codes = grams(candidates.input_ids)
-    distinct = [np.unique(row) for row in codes]
-    covered = np.zeros(int(codes.max()) + 1, dtype=bool)
-    scale = float(nll.std())
-    left = dict(quota)
-    heap = [(-len(row), i) for i, row in enumerate(distinct)]
-    heapq.heapify(heap)
-    chosen: list[int] = []
-    trace: list[float] = []
-    parts: dict[str, float] = {}
-    while len(chosen) < sum(quota.values()):
-        _, i = heapq.heappop(heap)
-        if left.get(groups[i], 0) == 0:
-            continue
-        gain = int((~covered[distinct[i]]).sum())
-        if heap and (-gain, i) > heap[0]:
-            heapq.heappush(heap, (-gain, i))
-            continue
-        chosen.append(i)
-        left[groups[i]] -= 1
-        covered[distinct[i]] = True
-        aggregation = 1.0 - int(covered.sum()) / (len(chosen) * codes.shape[1])
-        balance = imbalance(nll[chosen], groups[chosen], scale)
-        parts = {"aggregation": aggregation, "imbalance": balance, "lambda": BALANCE_WEIGHT}
-        trace.append(aggregation + BALANCE_WEIGHT * balance)
-    return sorted(chosen), tuple(trace), parts

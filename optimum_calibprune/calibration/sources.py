@@ -301,6 +301,14 @@ def _fill(
     return np.array((ready + cut)[:target], dtype=np.int64).reshape(-1, length), count, tokens
 
 
+def document_ids(
+    opened: OpenSource, tokenizer: PreTrainedTokenizerBase, token: str | None = None
+) -> Iterator[list[int]]:
+    """The token ids of documents from all over a source, without special tokens."""
+    source, stream = rows(opened, token)
+    return (ids for ids, _ in _token_ids(source, stream, tokenizer))
+
+
 def _token_ids(
     source: CalibrationSource, stream: Iterable[Any], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], bool]]:

@@ -8,6 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,9 +117,9 @@ def isolation() -> Isolation:
 def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES) -> Verdict:
     """Run one program; it passes if it reaches its end without an exception.
 
-    A bare Python, the supervisor, forks the process that runs the program, locks it up, and kills it with all it has
-    started. A pass is a secret that it sends once the process is locked up, and that comes back only from the
-    program's end. Ordinary Python code cannot reach the secret, but no check inside one process withstands a program
+    A bare Python, the supervisor, forks a keeper, which forks the process that runs the program, locks it up, and kills
+    it with all it has started. A pass is a secret that the keeper sends once the process is locked up, and that comes
+    back only from the program's end. Ordinary Python code cannot reach the secret, but no check inside one process withstands a program
     that reads its own memory, nor one that redefines what its tests use or returns objects equal to everything.
 
     Args:
@@ -136,51 +139,151 @@ def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int
 def run_programs(
     programs: Sequence[str], *, workers: int = 2, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES
 ) -> list[Verdict]:
-    """Run many programs, `workers` at a time, and return their verdicts in order; see `run_program`."""
-    isolation()  # probe once, before the workers all ask
-    run = functools.partial(run_program, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes)
+    """Run many programs, `workers` at a time, and return their verdicts in order; see `run_program`.
+
+    Equal programs run once, and not again in a later call of this process, unless they ran out of time. A worker keeps
+    one supervisor; the programs that it runs one after another are isolated from each other as from all else.
+    """
+    level = isolation()
+    if programs and not level.available:
+        raise SandboxUnavailable(level.reason)
+    limits = (timeout_seconds, memory_bytes, level.namespaces)
+    verdicts = {program: _VERDICTS.recall(program, limits) for program in programs}
+    waiting = deque(program for program, verdict in verdicts.items() if verdict is None)
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(run, programs))
+        try:
+            started = [pool.submit(_judge_all, waiting, *limits) for _ in range(min(workers, len(waiting)))]
+            for worker in started:
+                verdicts |= worker.result()
+        finally:
+            waiting.clear()  # after Ctrl-C, or where one worker cannot isolate its program
+    _VERDICTS.keep(verdicts, limits)
+    return [verdicts[program] for program in programs]
+
+
+class _Verdicts:
+    """The verdicts of this process, the latest used of them; a program that ran out of time may do better next time."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._verdicts: dict[tuple[str, tuple], Verdict] = {}  # the last used come last
+
+    def recall(self, program: str, limits: tuple) -> Verdict | None:
+        return self._verdicts.get((program, limits))
+
+    def keep(self, verdicts: dict[str, Verdict], limits: tuple) -> None:
+        for program, verdict in verdicts.items():
+            self._verdicts.pop((program, limits), None)
+            if verdict.reason != "timed out":
+                self._verdicts[program, limits] = verdict
+        for key in list(self._verdicts)[: -self._size]:
+            self._verdicts.pop(key, None)
+
+
+_VERDICTS = _Verdicts(2**14)
 
 
 def _probe(*, namespaces: bool) -> Isolation:
     """Try what the programs must not manage, locked up in one of the two ways."""
-
-    def attempt(program: str) -> Verdict:
-        return _judge(program, _GRACE_SECONDS, _MEMORY_BYTES, namespaces)
-
     try:
-        basic = attempt(_BASIC_PROBE)
-        if not basic.passed:
-            return Isolation(available=False, reason=basic.reason)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            network = attempt(_NETWORK_PROBE.format(port=server.getsockname()[1])).passed
-        files = attempt(_FILES_PROBE).passed
+        with _Supervisor(_GRACE_SECONDS, _MEMORY_BYTES, namespaces) as supervisor:
+            basic = supervisor.judge(_BASIC_PROBE)
+            if not basic.passed:
+                return Isolation(available=False, reason=basic.reason)
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                network = supervisor.judge(_NETWORK_PROBE.format(port=server.getsockname()[1])).passed
+            files = supervisor.judge(_FILES_PROBE).passed
     except (OSError, SandboxUnavailable) as error:
         return Isolation(available=False, reason=str(error))
     return Isolation(available=True, user=True, network=network, files=files, namespaces=namespaces)
 
 
 def _judge(program: str, seconds: float, memory: int, namespaces: bool) -> Verdict:
-    """Have a supervisor run the program, and read its verdict."""
-    with tempfile.TemporaryDirectory(prefix="calibprune-", ignore_cleanup_errors=True) as folder:
-        arguments = [folder, str(seconds), str(memory), str(int(namespaces))]
+    """Judge one program with a supervisor of its own."""
+    with _Supervisor(seconds, memory, namespaces) as supervisor:
+        return supervisor.judge(program)
+
+
+def _judge_all(waiting: deque[str], seconds: float, memory: int, namespaces: bool) -> dict[str, Verdict]:
+    """Judge programs, with one supervisor, until none is waiting."""
+    verdicts = {}
+    with _Supervisor(seconds, memory, namespaces) as supervisor:
+        while True:
+            try:
+                program = waiting.popleft()
+            except IndexError:  # another worker took the last one
+                return verdicts
+            verdicts[program] = supervisor.judge(program)
+
+
+class _Supervisor:
+    """A bare Python that judges one program after another; it starts with the first one, and again where it ended."""
+
+    def __init__(self, seconds: float, memory: int, namespaces: bool) -> None:
+        self._seconds = seconds
+        self._arguments = [str(seconds), str(memory), str(int(namespaces))]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> _Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def judge(self, program: str) -> Verdict:
+        """Run the program in a fresh folder. Raises `SandboxUnavailable` if a fresh supervisor cannot judge it."""
+        fresh = self._process is None
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="calibprune-", ignore_cleanup_errors=True) as folder:
+            answer = self._ask(program.encode("utf-8", "surrogatepass"), folder)
+        if not answer.startswith("! "):
+            passed, elapsed, reason = answer.split(" ", 2)
+            return Verdict(passed=passed == "1", reason=reason, seconds=float(elapsed))
+        self._end()
+        if time.monotonic() - start >= self._seconds + _GRACE_SECONDS:
+            return Verdict(passed=False, reason="timed out", seconds=self._seconds + _GRACE_SECONDS)
+        if fresh:
+            raise SandboxUnavailable(answer.removeprefix("! "))
+        return self.judge(program)  # no program pays for what happened before it
+
+    def _ask(self, program: bytes, folder: str) -> str:
+        """The supervisor's answer, or "! " and why there is none."""
+        if self._process is None:
+            self._process = self._start()
+        process = self._process
+        limit = threading.Timer(self._seconds + _GRACE_SECONDS, process.kill)
+        limit.start()
         try:
-            supervisor = subprocess.run(
-                [sys.executable, "-I", "-S", str(_SUPERVISOR), *arguments],
-                input=program.encode("utf-8", "surrogatepass"),
-                capture_output=True,
-                timeout=seconds + _GRACE_SECONDS,
+            process.stdin.write(f"{len(program)} {folder}\n".encode() + program)
+            process.stdin.flush()
+            length = process.stdout.readline()
+            answer = process.stdout.read(int(length or 0)).decode("utf-8", "replace")
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            limit.cancel()
+        if answer:
+            return answer
+        process.wait()
+        complaint = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return f"! {complaint[-1] if complaint else f'supervisor ended with {process.returncode}'}"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_SUPERVISOR), *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 env={},
                 cwd="/",
                 start_new_session=True,
             )
-        except subprocess.TimeoutExpired:
-            return Verdict(passed=False, reason="timed out", seconds=seconds + _GRACE_SECONDS)
         except OSError as error:
             raise SandboxUnavailable(f"Python does not start: {error}") from error
-    if supervisor.returncode != 0:
-        complaint = supervisor.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise SandboxUnavailable(complaint[-1] if complaint else f"supervisor ended with {supervisor.returncode}")
-    passed, elapsed, reason = supervisor.stdout.decode("utf-8", "replace").split(" ", 2)
-    return Verdict(passed=passed == "1", reason=reason, seconds=float(elapsed))
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # with it the keeper dies, and with that the program
+            self._process.communicate()
+            self._process = None

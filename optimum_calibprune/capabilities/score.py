@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..records import Scores, TaskScore
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-BATCH_SIZE = 64
 Progress = Callable[[int, int, str], None]
 Responses = list[list[Any]]  # for each item what lm-eval returned: (log-likelihood, greedy) a choice, or one text
 
@@ -31,19 +29,11 @@ def measure(
 ) -> Scores:
     """The score of every item of every task. Generated code runs in the sandbox, or, where nothing can be isolated
     here, not at all: its capability is then not measured."""
-    from lm_eval.models.huggingface import HFLM
+    from .engine import Engine
 
     for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface"):
         logging.getLogger(name).setLevel(logging.ERROR)  # notices about models that come from memory, as ours do
-    engine = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=BATCH_SIZE,
-        softmax_dtype="float32",
-        device=str(model.device),
-    )
-    engine.loglikelihood = partial(engine.loglikelihood, disable_tqdm=True)
-    engine.generate_until = partial(engine.generate_until, disable_tqdm=True)
+    engine = Engine(model, tokenizer)
     results, not_measured = [], {}
     for i, task in enumerate(tasks):
         if on_progress is not None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks up and watches one generated program; `sandbox.py` runs this file as a bare Python that imports nothing of ours.
+"""Locks up and watches generated programs; `sandbox.py` runs this file as a bare Python that imports nothing of ours.
 
-Arguments: folder, seconds, bytes of memory, 1 for namespaces or 0. The program comes on standard input, the verdict goes
-to standard output. Constants carry their names of the Linux headers in comments; the system calls without a C wrapper have
-the same number on every architecture.
+Arguments: seconds, bytes of memory, 1 for namespaces or 0. Programs come on standard input, one after another, and for
+each an answer goes to standard output. Every program gets a keeper of its own: a fork of this process that leaves for
+fresh namespaces or picks a spare user, forks the process that runs the program, locks it up, and kills all that it has
+started. So programs share nothing but the start of Python. Constants carry their names of the Linux headers in comments;
+the system calls without a C wrapper have the same number on every architecture.
 """
 
 import ctypes
@@ -21,6 +23,10 @@ def _call(name: str, *arguments: int | bytes | None) -> int:
     if result == -1:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
+
+
+def _die_with_parent() -> None:
+    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _libraries() -> list[str]:
@@ -113,7 +119,7 @@ def _drop_privileges(uid: int) -> None:
         os.setresuid(uid, uid, uid)
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     _call("capset", (0x20080522).to_bytes(4, sys.byteorder) + bytes(4), bytes(24))  # _LINUX_CAPABILITY_VERSION_3
-    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    _die_with_parent()
 
 
 def _lock_up(folder: str, seconds: float, memory: int, namespaces: bool, uid: int) -> None:
@@ -194,12 +200,14 @@ def _describe(message: bytes | None, status: int) -> str:
     if message:
         return "failed: " + message[:1600].decode("utf-8", "replace")
     if os.WIFSIGNALED(status):
-        return f"failed: killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        names = {number.value: number.name for number in signal.Signals}  # most real-time signals have none
+        return f"failed: killed by {names.get(os.WTERMSIG(status), f'signal {os.WTERMSIG(status)}')}"
     return f"failed: exited with status {os.WEXITSTATUS(status)} before its end"
 
 
-def _prepare_supervisor(folder: str, namespaces: bool, uid: int) -> None:
+def _prepare_keeper(folder: str, namespaces: bool, uid: int) -> None:
     """Set up what locking up needs from outside of the process to be locked up."""
+    _die_with_parent()
     os.umask(0o022)
     if namespaces:
         _enter_namespaces()
@@ -208,7 +216,6 @@ def _prepare_supervisor(folder: str, namespaces: bool, uid: int) -> None:
     else:
         os.chown(folder, uid, uid)
         _call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _start(program: bytes, folder: str, seconds: float, memory: int, namespaces: bool, uid: int) -> tuple[int, ...]:
@@ -234,10 +241,10 @@ def _start(program: bytes, folder: str, seconds: float, memory: int, namespaces:
     return child, send_secret, outcomes
 
 
-def _supervise(folder: str, seconds: float, memory: int, namespaces: bool) -> None:
-    """Run the program from standard input, and write "passed seconds reason" to standard output."""
-    program, uid = sys.stdin.buffer.read(), _spare_user()
-    _prepare_supervisor(folder, namespaces, uid)
+def _keep(program: bytes, folder: str, seconds: float, memory: int, namespaces: bool) -> str:
+    """Run one program in a folder that is fresh, and return "passed seconds reason"."""
+    uid = _spare_user()
+    _prepare_keeper(folder, namespaces, uid)
     child, send_secret, outcomes = _start(program, folder, seconds, memory, namespaces, uid)
     if (answer := os.read(outcomes, 4096)) != b"locked up":
         sys.exit(answer.decode("utf-8", "replace"))
@@ -250,9 +257,37 @@ def _supervise(folder: str, seconds: float, memory: int, namespaces: bool) -> No
     if not namespaces:  # there the folder is on disk, and only rm copes with a tree of any depth
         os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--", folder], {}), 0)
     passed = message == secret
-    reason = "passed" if passed else _describe(message, status)
-    sys.stdout.buffer.write(f"{int(passed)} {elapsed:.3f} {reason}".encode())
+    return f"{int(passed)} {elapsed:.3f} {'passed' if passed else _describe(message, status)}"
+
+
+def _answer(text: str) -> None:
+    """Send one answer: a line with its length in bytes, then itself."""
+    answer = text.encode("utf-8", "replace")
+    os.write(1, b"%d\n%b" % (len(answer), answer))  # shorter than a pipe holds, so it goes as a whole
+
+
+def _serve(seconds: float, memory: int, namespaces: bool) -> None:
+    """Answer each request (a line "length folder", then the program) with "passed seconds reason", or with "! reason"
+    where the program could not be isolated."""
+    _die_with_parent()
+    __import__("resource")  # here, so that not every fork loads it
+    while header := sys.stdin.buffer.readline():
+        length, folder = header.decode().rstrip("\n").split(" ", 1)
+        program = sys.stdin.buffer.read(int(length))
+        keeper = os.fork()
+        if keeper == 0:
+            try:
+                _answer(_keep(program, folder, seconds, memory, namespaces))
+            except SystemExit as error:
+                _answer(f"! {error}")
+            except Exception as error:  # whatever it is, the program was not judged
+                _answer(f"! {type(error).__name__}: {error}")
+            finally:
+                os._exit(0)
+        status = os.waitpid(keeper, 0)[1]
+        if status != 0:
+            _answer(f"! supervisor ended with {os.waitstatus_to_exitcode(status)}")
 
 
 if __name__ == "__main__":
-    _supervise(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")
+    _serve(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")

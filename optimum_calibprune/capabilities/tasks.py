@@ -12,6 +12,13 @@ from typing import Any
 from .. import pocket
 
 
+COLUMNS = {
+    "multiple_choice": ("prompt", "choices", "answer"),
+    "exact_match": ("prompt", "target"),
+    "pass@1": ("prompt", "tests"),
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """A task of one capability, from a local JSON-lines file.
@@ -31,24 +38,43 @@ class Task:
     marker: str = ""
 
 
-def pocket_tasks(capabilities: Iterable[str]) -> list[Task]:
-    """The probes of the pocket model; `chance` is one in four choices where there are choices."""
+def pocket_tasks(capabilities: Iterable[str], folder: Path | None = None) -> list[Task]:
+    """The probes of the pocket model; `chance` is one in four choices where there are choices.
+
+    `folder` holds other probes in files of the same names, `general.jsonl`, ..., and the same columns. Raises
+    `FileNotFoundError` where one of those that are wanted is missing.
+    """
+    wanted = set(capabilities)
     paths = pocket.probes()
+    if folder is not None:
+        paths = {name: folder / path.name for name, path in paths.items()}
+        missing = [str(path) for name, path in paths.items() if name in wanted and not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"There is no file {', '.join(missing)}; each capability needs its probes.")
     every = [
         Task("pocket_general", "general", "multiple_choice", paths["general"], chance=0.25),
         Task("pocket_commonsense", "commonsense", "multiple_choice", paths["commonsense"], chance=0.25),
         Task("pocket_code", "code", "pass@1", paths["code"], until="\n\n"),
         Task("pocket_math", "math", "exact_match", paths["math"], marker="####"),
     ]
-    wanted = set(capabilities)
     return [task for task in every if task.capability in wanted]
 
 
 def read(task: Task) -> list[dict[str, Any]]:
-    """The items of a task; `ValueError` for a file without any."""
-    items = [json.loads(line) for line in task.path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not items:
+    """The items of a task; `ValueError` for a file without any, or with one that lacks a column."""
+    lines = [line for line in task.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
         raise ValueError(f"Task {task.name!r} has no items: {task.path} is empty.")
+    items = []
+    for line in lines:
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{task.path} is not a JSON-lines file: {line[:60]!r}.") from error
+        missing = [name for name in COLUMNS[task.kind] if not isinstance(item, dict) or name not in item]
+        if missing:
+            raise ValueError(f"{task.path}: an item has no {' and no '.join(missing)}; it starts with {line[:60]!r}.")
+        items.append(item)
     return items
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,21 @@ class Hessian:
         self._sum += other._sum.to(self._sum)
         self.tokens += other.tokens
         self._factors.clear()
+
+    @classmethod
+    @torch.no_grad()
+    def balanced(cls, parts: Sequence[Hessian], weights: Sequence[float]) -> Hessian:
+        """H = sum_g w_g H_g / tr(H_g) of Hessians of the same inputs, the weights normalised to sum to 1.
+
+        The scale of no part counts, only its shape. A part without energy (all inputs dead) adds nothing but its tokens.
+        """
+        total = cls(len(parts[0]._sum), parts[0]._sum.device, parts[0]._sum.dtype)
+        total.tokens = sum(part.tokens for part in parts)
+        for part, weight in zip(parts, weights, strict=True):
+            trace = float(part._sum.diagonal().sum(dtype=torch.float64))
+            if trace != 0:
+                total._sum.add_(part._sum, alpha=weight / sum(weights) / trace * total.tokens / 2)
+        return total
 
     @property
     def finite(self) -> bool:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..records import CalibrationSet, LayerReport, SparsityPattern
 from . import blocks
+from .balance import Balance, improve_worst
 from .blocks import Call, InputGroup
 from .hessian import Hessian
 from .sparsegpt import solve
@@ -122,7 +123,7 @@ def prune_blocks(
     step = settings.micro_batch
     ids = torch.from_numpy(calibration.input_ids.copy())
     batches = list(ids.split(step))
-    weights = _row_weights(calibration, step, device)
+    balance = Balance.of(calibration, step, device)
     shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
     calls = {size: blocks.capture(model, batch, device)[1] for size, batch in shapes.items()}
     hidden = [blocks.embed(model, batch, device) for batch in batches]
@@ -138,7 +139,7 @@ def prune_blocks(
             groups=groups[i],
             hidden=hidden,
             calls=[calls[len(batch)][i] for batch in batches],
-            weights=weights,
+            balance=balance,
             step=step,
             resident=min(resident, len(batches)),
             settings=settings,
@@ -158,12 +159,6 @@ def prune_blocks(
         yield tuple(reports)
 
 
-def _row_weights(calibration: CalibrationSet, step: int, device: torch.device) -> list[Tensor | None]:
-    values = torch.tensor([row.weight for row in calibration.rows], device=device)
-    parts = values.split(step)
-    return list(parts) if bool((values != 1).any()) else [None] * len(parts)
-
-
 @dataclass
 class _BlockWalk:
     """One block: its micro-batches, of which the first `resident` wait at the gates while the others are replayed."""
@@ -173,7 +168,7 @@ class _BlockWalk:
     groups: Sequence[InputGroup]
     hidden: list[Tensor]
     calls: Sequence[Call]
-    weights: Sequence[Tensor | None]
+    balance: Balance
     step: int
     resident: int
     settings: Settings
@@ -183,16 +178,16 @@ class _BlockWalk:
         self.gates = [group.modules[0].register_forward_pre_hook(_gate) for group in self.groups]
 
     def solve_groups(self, cancelled: Callable[[], bool] | None) -> Iterator[LayerReport]:
-        dense: list[Hessian] = []
+        dense: list[list[Hessian]] = []
         for position, group in enumerate(self.groups):
             if cancelled is not None and cancelled():
                 raise Cancelled(f"Stopped before {self.name}.{group.names[0]}, as asked.")
             if self.settings.sequential == "block":
                 dense = dense or self._hessians_of_dense_block()
-                hessian = dense[position]
+                hessians = dense[position]
             else:
-                hessian = self._hessian_at(position)
-            yield from self._solve(group, hessian)
+                hessians = self._hessians_at(position)
+            yield from self._solve(group, hessians)
 
     def propagate(self) -> None:
         """Replaces the hidden states by the pruned block's output, micro-batch by micro-batch."""
@@ -230,35 +225,34 @@ class _BlockWalk:
             )
         return x
 
-    def _hessian_at(self, position: int) -> Hessian:
-        """Of one group, behind the pruned groups before it; a resident micro-batch goes on from the gate before."""
+    def _hessians_at(self, position: int) -> list[Hessian]:
+        """Of one input, behind the pruned modules before it; a resident micro-batch goes on from the gate before."""
         if position == 0:
             self.waiting = [self._start(i) for i in range(self.resident)]
-        hessian = self._hessian(position)
+        hessians = self._empty(position)
         for i in range(len(self.hidden)):
             if i < len(self.waiting):
-                self._add(hessian, position, i, self._next(self.waiting[i], position))
+                self._add(hessians, position, i, self._next(self.waiting[i], position))
                 continue
             with self._replay(i) as forward:
                 for gate in range(position):
                     self._next(forward, gate)
-                self._add(hessian, position, i, self._next(forward, position))
-        return hessian
-
-    def _hessians_of_dense_block(self) -> list[Hessian]:
-        hessians = [self._hessian(position) for position in range(len(self.groups))]
-        for i in range(len(self.hidden)):
-            with self._replay(i) as forward:
-                for position, hessian in enumerate(hessians):
-                    self._add(hessian, position, i, self._next(forward, position))
+                self._add(hessians, position, i, self._next(forward, position))
         return hessians
 
-    def _hessian(self, position: int) -> Hessian:
-        return Hessian(self.groups[position].columns, self.hidden[0].device)
+    def _hessians_of_dense_block(self) -> list[list[Hessian]]:
+        hessians = [self._empty(position) for position in range(len(self.groups))]
+        for i in range(len(self.hidden)):
+            with self._replay(i) as forward:
+                for position, of_input in enumerate(hessians):
+                    self._add(of_input, position, i, self._next(forward, position))
+        return hessians
 
-    def _add(self, hessian: Hessian, position: int, i: int, x: Tensor) -> None:
-        hessian.add(x, self.weights[i])
-        if not hessian.finite:
+    def _empty(self, position: int) -> list[Hessian]:
+        return self.balance.empty(self.groups[position].columns, self.hidden[0].device)
+
+    def _add(self, hessians: Sequence[Hessian], position: int, i: int, x: Tensor) -> None:
+        if not self.balance.add(hessians, i, x):
             largest = x.reshape(len(self.hidden[i]), -1).abs().amax(dim=1)  # NaN where a sample holds one
             bad = (~largest.isfinite()).nonzero().flatten()
             sample = i * self.step + int(bad[0] if len(bad) else largest.argmax())
@@ -268,13 +262,18 @@ class _BlockWalk:
                 "'float32', or leave the sample out."
             )
 
-    def _solve(self, group: InputGroup, hessian: Hessian) -> Iterator[LayerReport]:
+    def _solve(self, group: InputGroup, hessians: Sequence[Hessian]) -> Iterator[LayerReport]:
+        hessian = self.balance.combine(hessians)
         for name, module in zip(group.names, group.modules, strict=True):
             started = time.perf_counter()
             weight = blocks.weight_of(module)
-            settings = self.settings
+            pattern, method, damping = self.settings.pattern, self.settings.method, self.settings.damping
             try:
-                solution = solve(weight, hessian, settings.pattern, method=settings.method, damping=settings.damping)
+                solution = solve(weight, hessian, pattern, method=method, damping=damping)
+                if self.balance.normalise == "minimax":
+                    solution = improve_worst(
+                        weight, solution, hessians, self.balance.weights, pattern, method=method, damping=damping
+                    )
             except ValueError as error:
                 raise ValueError(f"{self.name}.{name}: {error}") from error
             weight.copy_(solution.weight)

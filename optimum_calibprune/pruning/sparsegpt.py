@@ -59,7 +59,7 @@ def solve(
         zeros_asked=int(mask.sum()),
         zeros_found=found,
         why=_why(weight, mask, dead),
-        relative_error=_relative_error(W, weight, matrix),
+        relative_error=relative_error(W, weight, matrix),
         damping=used,
         rescue=rescue,
     )
@@ -74,7 +74,8 @@ def _why(weight: Tensor, mask: Tensor, dead: Tensor) -> str:
     return ", ".join(parts + ([f"{other} were zero or rounded to zero"] if other else []))
 
 
-def _relative_error(W: Tensor, weight: Tensor, H: Tensor) -> float:
+def relative_error(W: Tensor, weight: Tensor, H: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = `weight` - `W`, both `[rows, columns]`; 0 where W H W^T is zero."""
     scale, energy = W.abs().max().to(H.dtype), H.diagonal().max()  # taken out first: tiny weights would underflow
     W = W.to(H.dtype) / scale
     D = weight.to(H.dtype) / scale - W

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..records import BaseModel, CalibPruneConfig, CalibrationSource
+from ..values import SELF
 
 
 OPTIONS = ("sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping", "seed", "dtype")
@@ -38,15 +39,22 @@ def command(
         words += ["--capabilities", ",".join(config.capabilities)]
     if text is not None and text.path:
         words += ["--perplexity-text", Path(text.path).name]
-    in_memory = [source.name for source in sources if not source.path and not source.repo]
+    in_memory = [s.name for s in sources if not (s.path or s.repo or s.written)]
     if config.sources and not in_memory:
         words += ["--sources", *_public_names(config, sources)]
+    if config.seed_texts is not None:
+        words += ["--seed-texts", Path(config.seed_texts).name]
     line = " ".join(shlex.quote(word) for word in [*words, "--output", "DIR"])
     return f"{line}  # with sources in memory: {', '.join(in_memory)}" if in_memory else line
 
 
 def public_config(config: CalibPruneConfig, base: BaseModel, sources: Sequence[CalibrationSource]) -> CalibPruneConfig:
-    return replace(config, model=base.name, sources=_public_names(config, sources) if config.sources else ())
+    return replace(
+        config,
+        model=base.name,
+        sources=_public_names(config, sources) if config.sources else (),
+        seed_texts=Path(config.seed_texts).name if config.seed_texts is not None else None,
+    )
 
 
 def public_source(source: CalibrationSource) -> CalibrationSource:
@@ -54,8 +62,11 @@ def public_source(source: CalibrationSource) -> CalibrationSource:
 
 
 def _public_names(config: CalibPruneConfig, sources: Sequence[CalibrationSource]) -> tuple[str, ...]:
-    """Each source as a command line names it: by its name alone, or NAME=FILE:CAPABILITY for a user's own file."""
-    return tuple(
+    """Each source as a command line names it: by its name alone, or NAME=FILE:CAPABILITY for a user's own file; what the
+    model writes only where it was asked for by name."""
+    names = [
         f"{s.name}={Path(s.path).name}:{s.capability}" if s.path and s.name not in config.sources else s.name
         for s in sources
-    )
+        if not s.written
+    ]
+    return (SELF, *names) if SELF in config.sources else tuple(names)

@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 
 from optimum_calibprune.calibration.mix import (
-    BALANCE_WEIGHT,
     OVERSAMPLE,
-    Candidates,
     calibration_set,
     draw,
     even_split,
-    imbalance,
     quotas,
-    select,
     windows_wanted,
 )
 from optimum_calibprune.calibration.sources import OpenSource, Pool, build_pool
-from optimum_calibprune.records import CalibrationRow, CalibrationSource, MixRule
+from optimum_calibprune.records import CalibrationSource, MixRule
 
 
 SOURCES = [
@@ -46,17 +42,25 @@ def test_single_takes_all_of_one_source() -> None:
     assert quota("single:wiki", 7) == {"wiki": 7}
 
 
-@pytest.mark.parametrize("rule", ["uniform", "igsp"])
+@pytest.mark.parametrize("rule", ["uniform", "igsp:code=1,math=1"])
 def test_uniform_divides_by_capability_then_by_source(rule: str) -> None:
     assert quota(rule, 18) == {"python": 6, "chat": 2, "web": 2, "wiki": 2, "algebra": 3, "gsm": 3}
 
 
-@pytest.mark.parametrize("rule", ["uniform", "igsp"])
+@pytest.mark.parametrize("rule", ["uniform", "igsp:code=1,math=1"])
 def test_remainders_go_to_the_first_names(rule: str) -> None:
     # 20 = 7 code + 7 general + 6 math; general 7 = 3 chat + 2 web + 2 wiki
     assert quota(rule, 20) == {"python": 7, "chat": 3, "web": 2, "wiki": 2, "algebra": 3, "gsm": 3}
     # 5 = 2 code + 2 general + 1 math
     assert quota(rule, 5) == {"python": 2, "chat": 1, "web": 1, "algebra": 1}
+
+
+def test_igsp_gives_fragile_capabilities_more_samples() -> None:
+    # general 1 : code 2 : math 4 of 14 = 2 : 4 : 8
+    assert quota("igsp", 14) == {"python": 4, "chat": 1, "web": 1, "algebra": 4, "gsm": 4}
+    assert quota("igsp:math=0,code=1", 6) == {"python": 3, "chat": 1, "web": 1, "wiki": 1}
+    with pytest.raises(ValueError, match="a weight above 0 for one of code, general, math"):
+        quota("igsp:general=0,code=0,math=0", 6)
 
 
 def test_fewer_samples_than_sources_leave_the_last_names_out() -> None:
@@ -107,7 +111,13 @@ def test_a_rule_that_names_no_source_is_refused(rule: str) -> None:
 
 def test_igsp_draws_four_candidates_for_each_sample() -> None:
     assert OVERSAMPLE == 4
-    for rule, factor in ("uniform", 1), ("igsp", 4), ("single:web", 1), ("weighted:web=1,gsm=2", 1):
+    for rule, factor in (
+        ("uniform", 1),
+        ("igsp", 4),
+        ("igsp:oversample=7", 7),
+        ("single:web", 1),
+        ("weighted:web=1,gsm=2", 1),
+    ):
         wanted = windows_wanted(MixRule.parse(rule), SOURCES, 18)
         assert wanted == {name: factor * count for name, count in quota(rule, 18).items()}
 
@@ -201,7 +211,7 @@ def test_igsp_keeps_the_quota_of_each_capability() -> None:
     assert [row.group for row in chosen.rows].count("general") == 3
     assert sum(mix.shares.values()) == pytest.approx(1)
     assert mix.objective == mix.trace[-1]
-    assert mix.objective == pytest.approx(mix.parts["aggregation"] + mix.parts["lambda"] * mix.parts["imbalance"])
+    assert mix.objective == pytest.approx(mix.parts["aggregation"] + mix.parts["lambda"] * mix.parts["level"])
     places = {(row.origin, row.index): ids for row, ids in zip(candidates.rows, candidates.input_ids, strict=True)}
     assert all(
         np.array_equal(places[row.origin, row.index], ids)
@@ -209,110 +219,14 @@ def test_igsp_keeps_the_quota_of_each_capability() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------- IGSP
-
-
-def candidates_of(ids: np.ndarray, groups: Sequence[str]) -> Candidates:
-    return Candidates(ids, tuple(CalibrationRow(f"s-{group}", i, group) for i, group in enumerate(groups)))
-
-
-def random_case(seed: int) -> tuple[Candidates, dict[str, int], np.ndarray]:
-    """Few tokens, so that 4-grams repeat, and groups of unequal size and quota."""
-    generator = np.random.default_rng(seed)
-    count, length = int(generator.integers(4, 30)), int(generator.integers(4, 20))
-    groups = generator.choice(["code", "general", "math"], count).tolist()
-    ids = generator.integers(0, generator.integers(2, 6), (count, length))
-    quota = {group: int(generator.integers(0, groups.count(group) + 1)) for group in sorted(set(groups))}
-    quota[groups[0]] = max(quota[groups[0]], 1)
-    return candidates_of(ids, groups), quota, generator.normal(3, 1, count)
-
-
-def four_grams(sample: np.ndarray) -> list[tuple[int, ...]]:
-    ids = sample.tolist()
-    return [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-
-
-def naive_greedy(candidates: Candidates, quota: Mapping[str, int]) -> list[int]:
-    """Recomputes every gain at every step; the first of the best is taken."""
-    left, covered, chosen = dict(quota), set[tuple[int, ...]](), list[int]()
-    while sum(left.values()):
-        open_ones = [i for i, row in enumerate(candidates.rows) if left.get(row.group, 0) > 0 and i not in chosen]
-        best = max(open_ones, key=lambda i: (len(set(four_grams(candidates.input_ids[i])) - covered), -i))
-        chosen.append(best)
-        covered.update(four_grams(candidates.input_ids[best]))
-        left[candidates.rows[best].group] -= 1
-    return chosen
-
-
-def objective(candidates: Candidates, chosen: Sequence[int], nll: np.ndarray) -> tuple[float, float]:
-    """A4 and B of a set, as the definition has them."""
-    grams = [g for i in chosen for g in four_grams(candidates.input_ids[i])]
-    by_group: dict[str, list[float]] = {}
-    for i in chosen:
-        by_group.setdefault(candidates.rows[i].group, []).append(float(nll[i]))
-    means = [sum(values) / len(values) for values in by_group.values()]
-    middle = sum(means) / len(means)
-    deviation = float(np.sqrt(((nll - nll.mean()) ** 2).mean()))
-    return 1 - len(set(grams)) / len(grams), max(abs(mean - middle) for mean in means) / deviation
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_selection_equals_the_naive_greedy(seed: int) -> None:
-    candidates, quota, nll = random_case(seed)
-    order = naive_greedy(candidates, quota)
-    chosen, trace, parts = select(candidates, quota, nll)
-    assert chosen == sorted(order)
-    assert select(candidates, quota, nll) == (chosen, trace, parts)
-    groups = [candidates.rows[i].group for i in chosen]
-    assert {group: groups.count(group) for group in quota} == quota
-    assert len(trace) == sum(quota.values())
-    for step, value in enumerate(trace, start=1):
-        aggregation, balance = objective(candidates, order[:step], nll)
-        assert value == pytest.approx(aggregation + BALANCE_WEIGHT * balance, abs=1e-9)
-    assert parts == {
-        "aggregation": pytest.approx(aggregation),
-        "imbalance": pytest.approx(balance),
-        "lambda": BALANCE_WEIGHT,
-    }
-
-
-def test_ties_go_to_the_earlier_candidate() -> None:
-    ids = np.arange(60).reshape(6, 10)  # all equally varied
-    chosen, *_ = select(candidates_of(ids, ["code"] * 6), {"code": 2}, np.arange(6.0))
-    assert chosen == [0, 1]
-
-
-def test_a_looping_candidate_loses_to_a_varied_one() -> None:
-    generator = np.random.default_rng(0)
-    looping = np.tile([5, 6, 7], 20)[None, :60]
-    varied = generator.integers(0, 500, (4, 60))
-    ids = np.concatenate([looping, varied])
-    chosen, _, parts = select(candidates_of(ids, ["code"] * 5), {"code": 4}, np.ones(5))
-    assert chosen == [1, 2, 3, 4]
-    assert (parts["aggregation"], parts["imbalance"]) == (0.0, 0.0)
-
-
-def test_a_copy_of_a_chosen_candidate_loses_to_a_poorer_one() -> None:
-    one = np.arange(20)
-    poorer = np.array([40] * 10 + list(range(50, 60)))
-    ids = np.stack([one, one, poorer])
-    assert select(candidates_of(ids, ["code"] * 3), {"code": 2}, np.arange(3.0))[0] == [0, 2]
-
-
-def test_fewer_candidates_than_the_quota_are_refused() -> None:
-    candidates = candidates_of(np.arange(40).reshape(4, 10), ["code", "code", "math", "math"])
-    with pytest.raises(ValueError, match="3 samples of 'math' were asked for, 2 are candidates"):
-        select(candidates, {"code": 1, "math": 3}, np.zeros(4))
-    with pytest.raises(ValueError, match="1 samples of 'general' were asked for, 0 are candidates"):
-        select(candidates, {"general": 1}, np.zeros(4))
-
-
-def test_imbalance_by_hand() -> None:
-    groups = np.array(["a", "a", "b", "c"])
-    nll = np.array([1.0, 3.0, 5.0, 8.0])  # means 2, 5, 8; their mean 5
-    assert imbalance(nll, groups, 2.0) == pytest.approx(1.5)
-    assert imbalance(nll, np.array(["a"] * 4), 2.0) == 0.0
-    assert imbalance(np.ones(4), groups, 0.0) == 0.0
+def test_igsp_balances_perplexity_where_that_is_asked_for() -> None:
+    counts = {"web": 3, "python": 3}
+    candidates = draw(pools(), {name: 4 * count for name, count in counts.items()}, 0)
+    nll = np.random.default_rng(0).normal(2, 1, 24)
+    _, mix = calibration_set(MixRule.parse("igsp:level=0,imbalance=0.1"), candidates, counts, nll)
+    assert mix.objective == pytest.approx(mix.parts["aggregation"] + 0.1 * mix.parts["imbalance"])
+    with pytest.raises(ValueError, match="also give level=0"):
+        quota("igsp:imbalance=0.1", 6)
 
 
 def test_igsp_is_content_with_fewer_candidates_but_not_with_fewer_than_the_quota() -> None:
@@ -322,7 +236,7 @@ def test_igsp_is_content_with_fewer_candidates_but_not_with_fewer_than_the_quota
         Pool(CalibrationSource(name, room), generator.integers(0, 50, (size, 16)))
         for name, room, size in (("small", "code", 5), ("large", "math", 40))
     ]
-    rule = MixRule.parse("igsp")
+    rule = MixRule.parse("igsp:code=1,math=1")
     sources = [pool.source for pool in pools]
     counts, wanted = quotas(rule, sources, 8), windows_wanted(rule, sources, 8)
     candidates = draw(pools, wanted, seed=0)

@@ -128,6 +128,44 @@ def test_merging_is_as_if_one_had_seen_everything() -> None:
     torch.testing.assert_close(other.matrix.double(), outer(X[20:]), rtol=1e-5, atol=1e-6)
 
 
+def test_a_balanced_sum_gives_a_group_with_a_hundred_times_the_energy_no_more_say() -> None:
+    """H = sum_g w_g H_g / tr(H_g), by hand in float64."""
+    small, large = inputs(40, 6), 10 * inputs(90, 6, seed=1)
+    assert float(outer(large).trace() / outer(small).trace()) == pytest.approx(100, rel=0.2)
+    H = Hessian.balanced([hessian_of(small), hessian_of(large)], [1.0, 3.0])
+    expected = 0.25 * outer(small) / outer(small).trace() + 0.75 * outer(large) / outer(large).trace()
+    torch.testing.assert_close(H.matrix.double(), expected, rtol=1e-5, atol=1e-7)
+    assert float(H.matrix.trace()) == pytest.approx(1, rel=1e-6)
+    assert H.tokens == 130
+
+
+def test_a_balanced_sum_does_not_see_the_scale_of_a_part() -> None:
+    one, other = inputs(40, 6), inputs(90, 6, seed=1)
+    expected = Hessian.balanced([hessian_of(one), hessian_of(other)], [1, 1])
+    scaled = Hessian.balanced([hessian_of(one), hessian_of(other * 16)], [1, 1])  # a power of two: no rounding
+    assert torch.equal(scaled.matrix, expected.matrix)
+    assert torch.equal(scaled.factor().U, expected.factor().U)
+    repeated = Hessian.balanced([hessian_of(one), hessian_of(other, other)], [2, 2])
+    torch.testing.assert_close(repeated.matrix, expected.matrix, rtol=1e-5, atol=1e-8)
+
+
+def test_a_balanced_sum_leaves_its_parts_alone_and_is_content_with_a_dead_one() -> None:
+    alive, dead = hessian_of(inputs(40, 6)), hessian_of(torch.zeros(10, 6))
+    before = alive.matrix
+    H = Hessian.balanced([alive, dead], [1, 1])
+    torch.testing.assert_close(H.matrix, before / before.trace() / 2, rtol=1e-5, atol=1e-8)
+    assert H.tokens == 50
+    assert torch.equal(alive.matrix, before)
+    assert Hessian.balanced([dead, dead], [1, 1]).factor().dead.all()
+
+
+def test_a_balanced_sum_of_what_is_not_finite_is_refused() -> None:
+    bad = inputs(20, 6)
+    bad[3, 2] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Hessian.balanced([hessian_of(inputs(20, 6)), hessian_of(bad)], [1, 1]).factor()
+
+
 # ------------------------------------------------------------------------------------------ not finite
 
 

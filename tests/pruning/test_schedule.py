@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -202,6 +203,126 @@ def test_a_weight_of_two_counts_as_the_sample_given_twice(monkeypatch: pytest.Mo
     for one, other in zip(weighted, seen, strict=True):
         assert one.tokens == other.tokens == 7 * 16
         assert float((one.matrix - other.matrix).norm() / other.matrix.norm()) < 1e-6
+
+
+# --------------------------------------------------------------------------------------- several groups
+
+
+def grouped(normalise: str, groups: str = "abbab", weights: dict[int, float] | None = None) -> CalibrationSet:
+    """Micro-batches of two mix the groups; one letter a sample."""
+    chosen = calibration(len(groups), weights=weights)
+    rows = tuple(replace(row, group=group) for row, group in zip(chosen.rows, groups, strict=True))
+    return CalibrationSet(chosen.input_ids, rows, normalise)
+
+
+@torch.no_grad()
+def balanced_twin(model: PreTrainedModel, chosen: CalibrationSet, weights: Sequence[float], sequential: str) -> None:
+    """By plain forwards of the whole model: one Hessian a group, of its samples in each micro-batch of two."""
+    letters = [row.group for row in chosen.rows]
+    names = sorted(set(letters))
+    parts = LLAMA_GROUPS if sequential == "module" else (sum(LLAMA_GROUPS, ()),)
+    for i in range(len(model.model.layers)):
+        for part in parts:
+            modules = {name: model.get_submodule(f"model.layers.{i}.{name}") for name in part}
+            seen = {name: [Hessian(module.in_features) for _ in names] for name, module in modules.items()}
+            handles, batch = [], [0]
+
+            def record(hessians: list[Hessian], batch: list[int] = batch) -> Callable[..., None]:
+                def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                    for group, hessian in zip(names, hessians, strict=True):
+                        mine = [j for j in range(len(args[0])) if letters[batch[0] + j] == group]
+                        if mine:
+                            hessian.add(args[0][mine])
+
+                return add
+
+            for name, module in modules.items():
+                handles.append(module.register_forward_pre_hook(record(seen[name])))
+            for start in range(0, len(letters), 2):
+                batch[0] = start
+                model(input_ids=torch.from_numpy(chosen.input_ids[start : start + 2].copy()), use_cache=False)
+            for handle in handles:
+                handle.remove()
+            for name, module in modules.items():
+                H = Hessian.balanced(seen[name], weights)
+                module.weight.copy_(solve(module.weight, H, HALF).weight)
+
+
+@pytest.mark.parametrize("make", [tiny, short_pocket])
+def test_groups_balanced_by_trace_equal_the_plain_twin_however_much_is_resident(
+    make: Callable[[], PreTrainedModel],
+) -> None:
+    twin, plain = make(), make()
+    balanced_twin(twin, grouped("trace"), [1, 1], "module")
+    expected = as_bytes(twin)
+    prune(plain, calibration=grouped("none"))
+    assert expected != as_bytes(plain)
+    for resident in (None, 1, 0):
+        model = make()
+        prune(model, replace(SETTINGS, resident=resident), calibration=grouped("trace"))
+        assert as_bytes(model) == expected, resident
+
+
+def test_groups_balanced_by_trace_in_block_mode_equal_their_plain_twin() -> None:
+    twin, model = tiny(), tiny()
+    balanced_twin(twin, grouped("trace"), [1, 1], "block")
+    prune(model, replace(SETTINGS, sequential="block"), calibration=grouped("trace"))
+    assert as_bytes(model) == as_bytes(twin)
+
+
+def test_a_group_counts_as_its_rows_weigh() -> None:
+    """Equal weights inside a group leave its own Hessian as it was up to rounding, and move its share of the sum."""
+    twin, model = tiny(), tiny()
+    balanced_twin(twin, grouped("trace"), [4, 1], "module")
+    prune(model, calibration=grouped("trace", weights={0: 4.0, 3: 4.0}))  # 4 and its root are exact
+    differ = [float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), twin.parameters(), strict=True)]
+    assert max(differ) < 1e-5
+    equal = tiny()
+    prune(equal, calibration=grouped("trace"))
+    assert as_bytes(equal) != as_bytes(model)
+
+
+def test_without_normalising_the_groups_do_not_matter() -> None:
+    expected, model = tiny(), tiny()
+    prune(expected)
+    prune(model, calibration=grouped("none"))
+    assert as_bytes(model) == as_bytes(expected)
+
+
+def test_a_single_group_is_what_it_is_without_balance_up_to_rounding() -> None:
+    expected, model = tiny(), tiny()
+    reports = prune(expected)
+    for one, other in zip(prune(model, calibration=grouped("trace", "aaaaa")), reports, strict=True):
+        assert one.tokens == other.tokens == 5 * 16
+        assert one.relative_error == pytest.approx(other.relative_error, rel=1e-3)
+
+
+def test_serving_the_worst_group_gives_the_same_bytes_however_much_is_resident() -> None:
+    balanced = tiny()
+    prune(balanced, calibration=grouped("trace"))
+    found = []
+    for resident in (None, 1, 0):
+        model = tiny()
+        reports = prune(model, replace(SETTINGS, resident=resident), calibration=grouped("minimax"))
+        assert {report.tokens for report in reports} == {5 * 16.0}
+        assert all(report.zeros_found == math.prod(report.shape) // 2 for report in reports)
+        found.append(as_bytes(model))
+    assert found[0] == found[1] == found[2]
+    assert found[0] != as_bytes(balanced)
+
+
+@pytest.mark.parametrize("resident", [None, 0])
+@pytest.mark.parametrize("sample", range(5))
+def test_nan_names_the_sample_in_mixed_micro_batches(sample: int, resident: int | None) -> None:
+    model, chosen = tiny(), grouped("trace")
+    ids = np.where(chosen.input_ids == 63, 0, chosen.input_ids)
+    ids[sample, 7] = 63
+    model.get_input_embeddings().weight.data[63] = float("nan")
+    with pytest.raises(ValueError, match=rf"model\.layers\.0\.self_attn\.q_proj .* sample {sample}\."):
+        prune(model, replace(SETTINGS, resident=resident), calibration=CalibrationSet(ids, chosen.rows, "trace"))
+
+
+# ----------------------------------------------------------------------------------------- not finite
 
 
 @pytest.mark.parametrize("resident", [None, 0])

@@ -65,13 +65,16 @@ def example() -> RunRecord:
             CalibrationSource("notes", "code", path="notes.jsonl", licence="MIT", upper_bound=True),
         ),
         profiles=(
-            SourceProfile("c4", "general", 1, 20.0, 0.125, 0.001),
-            SourceProfile("notes", "code", 1, 5.0, 0.5, 0.002),
+            SourceProfile("c4", "general", 1, 20.0, 0.125, 0.001, 0.5, 4.0, 1.5, 3.0),
+            SourceProfile("notes", "code", 1, 5.0, 0.5, 0.002, 0.25, 3.0, 2.5, 1.5),
         ),
         mix=Mix(
             rule, {"c4": 1, "notes": 1}, {"c4": 0.5, "notes": 0.5}, "remainders, where there are any, go first to c4"
         ),
-        samples=(SampleProfile(20.0, 0.125, 0.001, 32), SampleProfile(5.0, 0.5, 0.002, 32)),
+        samples=(
+            SampleProfile(20.0, 0.125, 0.001, 32, 0.5, 4.0, 1.5, 3.0),
+            SampleProfile(5.0, 0.5, 0.002, 32, 0.25, 3.0, 2.5, 1.5),
+        ),
         rows=(CalibrationRow("c4", 3, "general"), CalibrationRow("notes", 0, "code")),
         fingerprint="ab" * 32,
         prune=PruneReport(pattern, "sparsegpt", layers, untouched, 1, 2, 0),
