@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,37 +129,64 @@ def write_batch(
     length: int,
     seed: int,
 ) -> list[list[int]]:
-    """`write` in one batch, which rows leave when they end: a step costs what the documents still being written cost."""
+    """`write` in one batch."""
+    import torch
+
+    generator = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(seed)
+    texts = continue_rows(
+        model,
+        prompts,
+        limits=[length - len(prompt) for prompt in prompts],
+        draw=lambda logits, text, step: _draw(logits, text, sampling, step, generator),
+        finished=lambda text: text[-1] in ends,
+    )
+    return [text[:-1] if text[-1] in ends else text for text in texts]
+
+
+def continue_rows(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    limits: Sequence[int],
+    draw: Callable[[Tensor, Tensor, int], Tensor],
+    finished: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """What follows each prompt, as one batch with a key-value cache, which rows leave when they are finished: a step costs
+    what the texts still being written cost.
+
+    Args:
+        prompts: token ids, one or more each; they are padded on the left.
+        limits: how many tokens each text has at most, one or more.
+        draw: fp32 logits `[rows, vocabulary]`, the ids so far `[rows, tokens]` and the number of the step, from 0 on ->
+            the next tokens `[rows]`.
+        finished: whether a text, of one token or more, is complete.
+    """
     import torch
     from transformers import DynamicCache
 
     device = model.get_input_embeddings().weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    ending = torch.tensor(ends, dtype=torch.long, device=device)
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    left = torch.tensor([length - len(p) for p in prompts], device=device)
-    live = torch.arange(len(prompts), device=device)
+    cache, text = DynamicCache(config=model.config), ids
+    live = list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]
-    cache = DynamicCache(config=model.config)
-    text = ids  # [live, tokens so far], for the repetition penalty
     with torch.inference_mode():
-        for step in range(length):
+        for step in range(max(limits)):
             logits = model(
                 input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **_places(model, mask, ids)
             ).logits[:, -1]
-            drawn = _draw(logits.float(), text, sampling, step, generator)
-            ended = torch.isin(drawn, ending)
-            for row, token, end in zip(live.tolist(), drawn.tolist(), ended.tolist(), strict=True):
-                if not end:
-                    written[row].append(token)
-            stay = (~ended & (left > step + 1)).nonzero()[:, 0]
-            if not len(stay):
+            drawn = draw(logits.float(), text, step)
+            for row, token in zip(live, drawn.tolist(), strict=True):
+                written[row].append(token)
+            stay = [i for i, row in enumerate(live) if step + 1 < limits[row] and not finished(written[row])]
+            if not stay:
                 break
             if len(stay) < len(live):
-                cache.batch_select_indices(stay)
-                live, left, mask, text, drawn = (part[stay] for part in (live, left, mask, text, drawn))
+                live = [live[i] for i in stay]
+                chosen = torch.tensor(stay, device=device)
+                cache.batch_select_indices(chosen)
+                mask, text, drawn = mask[chosen], text[chosen], drawn[chosen]
             ids = drawn[:, None]
             text = torch.cat([text, ids], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

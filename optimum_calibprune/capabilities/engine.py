@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval's engine for transformers models, without work done twice: a prompt is computed once for all its choices, and
-equal requests are asked once."""
+"""lm-eval's engine for transformers models, without work done twice: a prompt is computed once for all its choices, equal
+requests are asked once, and texts that are finished leave their batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
+
+from ..calibration.writer import continue_rows
 
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class Engine(HFLM):
     """Answers the requests of lm-eval's tasks as `HFLM` does, up to rounding; what it does not override is `HFLM`'s.
 
     Log-likelihoods: prompts of one length go through the model together, so nothing is padded, and their choices
-    continue from its cache. Texts: in batches as large as their length allows.
+    continue from its cache. Texts: greedy, in batches that are padded on the left.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -50,14 +52,41 @@ class Engine(HFLM):
         return [found[tokens[request.args]] for request in requests]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """What the model writes after each prompt, up to one of its stop sequences; see `HFLM`."""
-        distinct = {repr(request.args): request for request in requests}
-        longest = max(map(len, self._encode([request.args[0] for request in distinct.values()])))
-        limit = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in distinct.values())
-        self.batch_size_per_gpu = max(1, WRITTEN_TOKENS // (longest + limit))
-        texts = super().generate_until(list(distinct.values()), disable_tqdm=disable_tqdm)
-        found = dict(zip(distinct, texts, strict=True))
-        return [found[repr(request.args)] for request in requests]
+        """What the model finds most likely after each prompt, before the first of the request's stop sequences."""
+        if any(request.args[1].get("do_sample") for request in requests):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        asked = [self._wish(*request.args) for request in requests]
+        found = {}
+        for until, limit in dict.fromkeys((until, limit) for _, until, limit in asked):
+            prompts = list(dict.fromkeys(prompt for prompt, *rest in asked if rest == [until, limit]))
+            room = self.max_length - limit
+            tokens = {p: ids[-room:] for p, ids in zip(prompts, self._encode(prompts), strict=True)}
+            prompts.sort(key=lambda prompt: len(tokens[prompt]))
+            for batch in _batches(prompts, max(1, WRITTEN_TOKENS // (len(tokens[prompts[-1]]) + limit))):
+                texts = self._continue([tokens[prompt] for prompt in batch], until, limit)
+                found |= {(prompt, until, limit): text for prompt, text in zip(batch, texts, strict=True)}
+        return [found[wish] for wish in asked]
+
+    def _wish(self, prompt: str, options: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
+        """What a request to write is about: the prompt, where the text stops, and how many tokens it has at most."""
+        return prompt, tuple(options.get("until") or ()), options.get("max_gen_toks", self.max_gen_toks)
+
+    def _continue(self, prompts: Sequence[Tokens], until: tuple[str, ...], limit: int) -> list[str]:
+        window = 2 + max((len(stop.encode()) for stop in until), default=0)  # a token holds a byte or more
+
+        def finished(text: list[int]) -> bool:
+            end = self.tokenizer.decode(text[-window:])
+            return text[-1] == self.eot_token_id or any(stop in end for stop in until)
+
+        texts = continue_rows(
+            self.model,
+            prompts,
+            limits=[limit] * len(prompts),
+            draw=lambda logits, text, step: logits.argmax(dim=-1),
+            finished=finished,
+        )
+        whole = self.tokenizer.batch_decode(texts, skip_special_tokens=True)
+        return [min((text.partition(stop)[0] for stop in until), key=len, default=text) for text in whole]
 
     def _encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
         """Token ids of prompts and choices, split where the prompt's ids end; its last spaces belong to the choice."""
