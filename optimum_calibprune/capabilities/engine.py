@@ -89,11 +89,13 @@ class Engine(HFLM):
         return [min((text.partition(stop)[0] for stop in until), key=len, default=text) for text in whole]
 
     def _encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
-        """Token ids of prompts and choices, split where the prompt's ids end; its last spaces belong to the choice."""
+        """Token ids of prompts and choices, split where the prompt's ids end; its last spaces belong to the choice. An empty
+        prompt is the token with which a text begins."""
         prompts = [prompt.rstrip() for prompt, _ in pairs]
         ids = self._encode([*prompts, *(prompt + choice for prompt, choice in pairs)])
         starts, wholes = ids[: len(pairs)], ids[len(pairs) :]
-        return [(start, whole[len(start) :]) for start, whole in zip(starts, wholes, strict=True)]
+        begin = (self.prefix_token_id,)
+        return [(start or begin, whole[len(start) :]) for start, whole in zip(starts, wholes, strict=True)]
 
     def _encode(self, texts: Sequence[str]) -> list[Tokens]:
         special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}

@@ -450,3 +450,73 @@ def test_the_folder_of_a_run_is_removed(level: Isolation, open_folder: Path, mon
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(open_folder))
     assert run_program("with open('left', 'w') as file: file.write('x')").passed
     assert os.listdir(open_folder) == []
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+        "import os, signal\nos.killpg(0, signal.SIGKILL)",
+        "import os, signal\nos.kill(-1, signal.SIGKILL)",
+        "import os\nos._exit(0)",
+        "import os\nos.closerange(0, 256)",
+        "import os\nos.write(1, b'14\\n1 0.000 passed' * 9)\nraise SystemExit",
+        "import os\nfor i in range(3, 64):\n    try:\n        os.write(i, b'14\\n1 0.000 passed')\n    except OSError:\n        pass\nos._exit(0)",
+        "import sys\nwhile True:\n    sys.stdout.write('x' * 65536)\n    sys.stderr.write('x' * 65536)",
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nraise SystemExit",
+        "x = bytearray(2**40)",
+        "(" * 10_000,
+        "\ud800",
+    ],
+)
+def test_a_hostile_program_changes_no_neighbours_verdict(level: Isolation, hostile: str) -> None:
+    """All share one supervisor; each of the others tells whether it was judged by its own end."""
+    mark = f"# {time.monotonic()}\n"  # so that no verdict is known already
+    good = [f"{mark}assert {i} == {i}" for i in range(4)]
+    bad = [f"{mark}assert {i} == {i + 1}" for i in range(4)]
+    programs = [
+        good[0],
+        bad[0],
+        mark + hostile,
+        good[1],
+        bad[1],
+        hostile + "\n" + mark,
+        good[2],
+        bad[2],
+        good[3],
+        bad[3],
+    ]
+    verdicts = [v.passed for v in run_programs(programs, workers=1, timeout_seconds=1.0, memory_bytes=MEMORY)]
+    assert [verdicts[i] for i in (0, 3, 6, 8)] == [True] * 4
+    assert [verdicts[i] for i in (1, 4, 7, 9)] == [False] * 4
+    assert wait_until_gone(str(MEMORY))
+
+
+def test_equal_programs_run_once_and_slow_ones_again(level: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[str] = []
+    judge = sandbox._Supervisor.judge
+
+    def spy(supervisor: sandbox._Supervisor, program: str) -> Verdict:
+        judged.append(program)
+        return judge(supervisor, program)
+
+    monkeypatch.setattr(sandbox._Supervisor, "judge", spy)
+    mark = f"# {time.monotonic()}\n"
+    quick, slow = f"{mark}assert 1", f"{mark}while True: pass"
+    first = run_programs([quick, slow, quick, quick], timeout_seconds=0.3)
+    assert sorted(judged) == sorted([quick, slow])
+    assert [verdict.passed for verdict in first] == [True, False, True, True]
+    again = run_programs([quick, slow], timeout_seconds=0.3)
+    assert sorted(judged) == sorted([quick, slow, slow])
+    assert again[0] == first[0]
+    run_programs([quick], timeout_seconds=0.4)  # under other limits the verdict may be another one
+    assert judged.count(quick) == 2
+
+
+def test_only_the_latest_verdicts_are_kept() -> None:
+    kept, limits = sandbox._Verdicts(2), (1.0, 1, True)
+    for program in ("a", "b", "c"):
+        kept.keep({program: Verdict(True, "passed", 0.1)}, limits)
+    assert kept.recall("a", limits) is None
+    assert kept.recall("c", limits) == Verdict(True, "passed", 0.1)
+    assert kept.recall("c", (2.0, 1, True)) is None
