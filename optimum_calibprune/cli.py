@@ -4,26 +4,22 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from . import cli_study
 from .records import CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan, SourceProfile
+from .terminal import BAD_ARGUMENTS, FAILED, errors, interrupts, progress, quiet_libraries, say, table
 
 
 if TYPE_CHECKING:
     from .pruner import CalibPruner
 
 
-FAILED, BAD_ARGUMENTS = 1, 2
 BESIDE_WEIGHTS = 2**25  # bytes on disk for tokenizer, records and card
 CONFIG_OPTIONS = (
     *("revision", "sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping"),
@@ -87,18 +83,6 @@ def _pruner(arguments: Namespace) -> CalibPruner:
 # ---------------------------------------------------------------------------------------------- showing
 
 
-def _say(text: str, to_stderr: bool = False) -> None:
-    stream = sys.stderr if to_stderr else sys.stdout
-    stream.write(text + "\n")
-    stream.flush()
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
 def plan_text(plan: Plan) -> str:
     """The plan as a person reads it before a run."""
     reasons: dict[str, int] = {}
@@ -118,78 +102,6 @@ def plan_text(plan: Plan) -> str:
             f"  pruning takes  about {plan.seconds:,.0f} s",
         ]
     )
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C raises KeyboardInterrupt; what is yielded raises it again where a library has swallowed it."""
-    seen: list[int] = []
-
-    def arrive(number: int, frame: object) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if seen:
-            raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, arrive)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _progress(check: Callable[[], None]) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar a stage on a terminal; silent elsewhere. An interrupt is noticed at the latest here."""
-    from tqdm import tqdm
-
-    bars: dict[str, Any] = {}
-    quiet = not sys.stderr.isatty()
-
-    def show(done: int, total: int, text: str) -> None:
-        check()
-        stage, _, detail = text.partition(": ")
-        bar = bars.get(stage)
-        if bar is None or bar.total != total:
-            for other in bars.values():
-                other.close()
-            bar = bars[stage] = tqdm(total=total, desc=stage, leave=False, disable=quiet)
-        bar.set_postfix_str(detail, refresh=False)
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-        check()
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
-def _quiet_libraries() -> None:
-    """Progress of our own replaces that of the libraries below, except of downloads."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-
-@contextmanager
-def _errors(code: int, interrupted: str = "nothing was left behind") -> Iterator[None]:
-    """Every expected failure becomes one sentence on stderr and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say(f"Interrupted; {interrupted}.", to_stderr=True)
-        sys.exit(FAILED)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        _say(f"Error: {' '.join(str(error).split()) or type(error).__name__}", to_stderr=True)
-        sys.exit(code)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which this module does not import
-            raise
-        _say(f"Error: out of GPU memory; try --device cpu, or fewer samples a --micro-batch. {error}", to_stderr=True)
-        sys.exit(FAILED)
 
 
 # --------------------------------------------------------------------------------------------- commands
@@ -216,13 +128,13 @@ class PruneCommand(BaseOptimumCLICommand):
         parser.add_argument("--private", action="store_true", default=None, help="create that repo as a private one")
 
     def run(self) -> None:
-        _quiet_libraries()
-        with _errors(FAILED), _interrupts() as check:
+        quiet_libraries()
+        with errors(FAILED), interrupts() as check:
             self._run(check)
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
-        with _errors(BAD_ARGUMENTS):
+        with errors(BAD_ARGUMENTS):
             from .publishing.card import not_measured, retention_table, upper_bound
             from .publishing.hub import check_output
 
@@ -230,20 +142,20 @@ class PruneCommand(BaseOptimumCLICommand):
             pruner = _pruner(arguments)
             size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
             check_output(arguments.output, arguments.overwrite, needed_bytes=size + BESIDE_WEIGHTS)
-        with _errors(FAILED):
-            _say(plan_text(pruner.plan()), to_stderr=arguments.json)
-            with _progress(check) as show:
+        with errors(FAILED):
+            say(plan_text(pruner.plan()), to_stderr=arguments.json)
+            with progress(check) as show:
                 record = pruner.prune(on_progress=show)
             pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, repo_id=arguments.push_to_hub)
             if arguments.json:
-                _say(record.to_json().rstrip())
+                say(record.to_json().rstrip())
             else:
-                _say("\n" + _table(retention_table(record)))
+                say("\n" + table(retention_table(record)))
                 for line in not_measured(record):
-                    _say(f"Not measured: {line}")
+                    say(f"Not measured: {line}")
                 if upper_bound(record):
-                    _say(f"An upper bound: {upper_bound(record)} come from the generator of the probes.")
-                _say(f"\nSaved to {arguments.output} ({record.prune.zeros / record.prune.weights:.2%} zeros).")
+                    say(f"An upper bound: {upper_bound(record)} come from the generator of the probes.")
+                say(f"\nSaved to {arguments.output} ({record.prune.zeros / record.prune.weights:.2%} zeros).")
         if arguments.push_to_hub:
             self._push()
 
@@ -252,7 +164,7 @@ class PruneCommand(BaseOptimumCLICommand):
 
         private = " --private" if self.args.private else ""
         finish = f"hf upload {self.args.push_to_hub} {self.args.output}{private}"
-        with _errors(FAILED, f"the result is safe in {self.args.output}; finish with: {finish}"):
+        with errors(FAILED, f"the result is safe in {self.args.output}; finish with: {finish}"):
             try:
                 commit = push_folder(self.args.output, self.args.push_to_hub, private=self.args.private)
             except (OSError, ValueError) as error:
@@ -260,7 +172,7 @@ class PruneCommand(BaseOptimumCLICommand):
                     f"{self.args.push_to_hub} was not pushed: {error} The result is safe in {self.args.output}; "
                     f"finish with: {finish}"
                 ) from error
-            _say(f"Pushed: {commit.commit_url}", to_stderr=self.args.json)
+            say(f"Pushed: {commit.commit_url}", to_stderr=self.args.json)
 
 
 class SourcesCommand(BaseOptimumCLICommand):
@@ -272,8 +184,8 @@ class SourcesCommand(BaseOptimumCLICommand):
 
         header = ["name", "capability", "where", "licence"]
         rows = [header, *map(_source_row, (*SOURCES.values(), *pocket.sources().values()))]
-        _say(_table(rows))
-        _say("\nBundled sources belong to the model 'pocket'. Any other text: PATH, or NAME=PATH:CAPABILITY.")
+        say(table(rows))
+        say("\nBundled sources belong to the model 'pocket'. Any other text: PATH, or NAME=PATH:CAPABILITY.")
 
 
 def _source_row(source: CalibrationSource) -> list[str]:
@@ -319,32 +231,32 @@ class MixCommand(BaseOptimumCLICommand):
         parser.add_argument("--output", metavar="DIR", help="write calibration.safetensors and mix.json there")
 
     def run(self) -> None:
-        _quiet_libraries()
-        with _errors(FAILED), _interrupts() as check:
+        quiet_libraries()
+        with errors(FAILED), interrupts() as check:
             self._run(check)
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
-        with _errors(BAD_ARGUMENTS):
+        with errors(BAD_ARGUMENTS):
             from .publishing.hub import check_output, save_calibration
 
             if arguments.output:
                 check_output(arguments.output, overwrite=False)
             pruner = _pruner(arguments)
-        with _errors(FAILED):
-            with _progress(check) as show:
+        with errors(FAILED):
+            with progress(check) as show:
                 choice = pruner.choose_calibration(on_progress=show)
             calibration, mix = choice.calibration, choice.mix
             if arguments.output:
                 save_calibration(Path(arguments.output), calibration, mix)
             if arguments.json:
-                _say(mix.to_json().rstrip())
+                say(mix.to_json().rstrip())
                 return
-            _say(_table([PROFILE_HEADER, *(_profile_row(p, mix.shares.get(p.name, 0)) for p in choice.profiles)]))
-            _say(f"\n{PROFILE_LEGEND}")
-            _say(f"\n{len(calibration.rows)} samples, fingerprint {calibration.fingerprint[:16]}")
+            say(table([PROFILE_HEADER, *(_profile_row(p, mix.shares.get(p.name, 0)) for p in choice.profiles)]))
+            say(f"\n{PROFILE_LEGEND}")
+            say(f"\n{len(calibration.rows)} samples, fingerprint {calibration.fingerprint[:16]}")
             if mix.objective is not None:
-                _say(f"J = {mix.objective:.4f} ({', '.join(f'{k} {v:.4f}' for k, v in mix.parts.items())})")
+                say(f"J = {mix.objective:.4f} ({', '.join(f'{k} {v:.4f}' for k, v in mix.parts.items())})")
 
 
 class EvaluateCommand(BaseOptimumCLICommand):
@@ -356,31 +268,31 @@ class EvaluateCommand(BaseOptimumCLICommand):
         _add_evaluation(parser)
 
     def run(self) -> None:
-        _quiet_libraries()
-        with _errors(FAILED), _interrupts() as check:
+        quiet_libraries()
+        with errors(FAILED), interrupts() as check:
             self._run(check)
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
-        with _errors(BAD_ARGUMENTS):
+        with errors(BAD_ARGUMENTS):
             pruner = _pruner(arguments)
-        with _errors(FAILED):
-            with _progress(check) as show:
+        with errors(FAILED):
+            with progress(check) as show:
                 scores = pruner.evaluate(on_progress=show)
                 report = pruner.perplexity(on_progress=show)
             if arguments.json:
                 found = {"scores": scores.to_dict(), "perplexity": report.to_dict() if report is not None else None}
-                _say(json.dumps(found, indent=1))
+                say(json.dumps(found, indent=1))
                 return
             rows = [["capability", "task", "metric", "items", "score"]]
             for t in scores.tasks:
                 rows.append([t.capability, t.task, t.metric, str(len(t.item_scores)), f"{100 * t.value:.1f} %"])
-            _say(_table(rows))
+            say(table(rows))
             for name, reason in scores.not_measured.items():
-                _say(f"Not measured: {name}: {reason}")
+                say(f"Not measured: {name}: {reason}")
             if report is not None:
                 found = f"{report.dense:.3f}" if report.dense is not None else f"not measured ({report.reason})"
-                _say(f"\nPerplexity on {report.text}, windows of {report.length} tokens: {found}")
+                say(f"\nPerplexity on {report.text}, windows of {report.length} tokens: {found}")
 
 
 class StudyCommand(BaseOptimumCLICommand):
@@ -393,12 +305,12 @@ class StudyCommand(BaseOptimumCLICommand):
         _add_evaluation(parser)
 
     def run(self) -> None:
-        _quiet_libraries()
-        with _errors(FAILED, cli_study.KEPT), _interrupts() as check:
-            with _errors(BAD_ARGUMENTS, cli_study.KEPT):
+        quiet_libraries()
+        with errors(FAILED, cli_study.KEPT), interrupts() as check:
+            with errors(BAD_ARGUMENTS, cli_study.KEPT):
                 study = cli_study.opened(self.args)
-            data = cli_study.run(study, self.args, check, lambda line: _say(line, to_stderr=True))
-            _say(json.dumps(data, indent=1) if self.args.json else _table(cli_study.rows(data)))
+            data = cli_study.run(study, self.args, check, lambda line: say(line, to_stderr=True))
+            say(json.dumps(data, indent=1) if self.args.json else table(cli_study.rows(data)))
             cli_study.check_failed(study)
 
 

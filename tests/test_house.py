@@ -43,7 +43,8 @@ MAY_IMPORT = {
     },
     "study": {"records", "values", "pruner", "capabilities", "calibration", "publishing", "machine", "pocket"},
     "cli_study": {"study", "publishing"},
-    "cli": {"records", "pruner", "pocket", "calibration", "publishing", "cli_study"},
+    "terminal": set(),
+    "cli": {"terminal", "records", "pruner", "pocket", "calibration", "publishing", "cli_study"},
     "__init__": {"pruner", "records"},
     "_optimum_register": {"cli"},
 }
