@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from optimum_calibprune.records import CalibrationSource
+from optimum_calibprune.study.cells import CellResult
 from optimum_calibprune.study.report import write_report
 from optimum_calibprune.study.runner import Study
 
@@ -53,6 +54,10 @@ def write_probes(folder: Path) -> Path:
     return folder
 
 
+def say(done: int, total: int, result: CellResult) -> None:
+    print(f"{done}/{total} {result.cell} {result.failed}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of NAME.jsonl")
@@ -76,7 +81,7 @@ def main() -> None:
             seeds=range(seeds),
             probes=probes,
         )
-        study.run(workers=given.workers, on_cell=lambda done, total, result: print(f"{done}/{total} {result.cell}", flush=True)
+        study.run(workers=given.workers, on_cell=say)
         return write_report(study.folder, study.settings)
 
     table = run(TABLE, (SPARSITY,), given.seeds)
