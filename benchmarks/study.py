@@ -34,12 +34,14 @@ SOURCES = {
 }
 GENERATED = ("pocket_general", "pocket_commonsense", "pocket_code", "pocket_math")
 # Options in a mix's text are those that its own search found best (docs/log.md); a bare name is its default.
+TUNED_SELF_CAL, TUNED_SGS = "self-cal:t_initial=0.65,t_final=0.65", "sgs:prefix=1"
 TABLE = (
-    *("single", "uniform", "igsp", "self-cal", "self-cal:t_initial=0.65,t_final=0.65", "sgs", "sgs:prefix=1"),
-    *("igsp:code=1,math=1", "igsp:level=0,imbalance=0.1,code=1,math=1", "igsp:oversample=1,code=1,math=1"),
-    *("igsp@all", "cola", "balanced", "balanced:worst=1", "mixcal", f"uniform@{','.join(GENERATED)}"),
+    *("single", "uniform", "igsp", "self-cal", TUNED_SELF_CAL, "sgs", TUNED_SGS),
+    *("igsp@all", "cola", "balanced", "mixcal", f"uniform@{','.join(GENERATED)}"),
 )
-CURVE = ("uniform", "igsp", "self-cal", "self-cal:t_initial=0.65,t_final=0.65", "single:c4")
+CURVE = ("uniform", "igsp", "single:c4")
+EQUAL = "code=1,math=1"  # IGSP with as many samples for each capability
+ABLATIONS = (f"igsp:{EQUAL}", f"igsp:oversample=1,{EQUAL}", f"igsp:level=0,imbalance=0.1,{EQUAL}", "balanced:worst=1")
 SPARSITY, OTHERS = "50%", ("30%", "40%", "60%", "70%")
 
 
@@ -88,6 +90,7 @@ def main() -> None:
     singles = [row for row in table["mixes"] if row["mix"].startswith("single:") and row["pattern"] == SPARSITY]
     best = max(singles, key=lambda row: row["total"])["mix"]
     run((*CURVE, best), OTHERS, given.curve_seeds)
+    run(ABLATIONS, (SPARSITY,), given.seeds)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def test_remainders_go_to_the_first_names(rule: str) -> None:
 
 
 def test_igsp_gives_fragile_capabilities_more_samples() -> None:
-    # general 1 : code 2 : math 4 of 14 = 2 : 4 : 8
-    assert quota("igsp", 14) == {"python": 4, "chat": 1, "web": 1, "algebra": 4, "gsm": 4}
+    # general 1 : code 2 : math 2 of 15 = 3 : 6 : 6
+    assert quota("igsp", 15) == {"python": 6, "chat": 1, "web": 1, "wiki": 1, "algebra": 3, "gsm": 3}
     assert quota("igsp:math=0,code=1", 6) == {"python": 3, "chat": 1, "web": 1, "wiki": 1}
     with pytest.raises(ValueError, match="a weight above 0 for one of code, general, math"):
         quota("igsp:general=0,code=0,math=0", 6)
