@@ -8,7 +8,7 @@ RUN := runs/pocket-50
 .PHONY: demo test check style wheel clean
 
 demo: $(INSTALLED)  ## prune the bundled pocket model and show what each capability kept
-	HF_HUB_OFFLINE=1 $(BIN)/optimum-cli calibprune prune pocket --sparsity 50% --mix igsp --output $(RUN) --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/optimum-cli calibprune prune pocket --sparsity 50% --output $(RUN) --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

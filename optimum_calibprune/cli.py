@@ -42,8 +42,8 @@ def _add_calibration(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--mix",
         metavar="MIX",
-        help="of text from sources: single:NAME, uniform (default), weighted:NAME=2,OTHER=1, cola, balanced, mixcal; written by "
-        "the model: self-cal, sgs; chosen from what the model or the sources propose: igsp; with options as in "
+        help="igsp (default): chosen from what the model writes, or from the sources; self-cal, sgs: written by the model; "
+        "single:NAME, uniform, weighted:NAME=2,OTHER=1, cola, balanced, mixcal: text from the sources; with options as in "
         "igsp:temperature=0.8,oversample=4",
     )
     parser.add_argument(
@@ -94,6 +94,11 @@ def plan_text(plan: Plan) -> str:
         [
             f"Prune {plan.model} to {plan.pattern} with {plan.method}, calibrated on {plan.samples} x {plan.length} tokens",
             f"  mix            {plan.mix} of {', '.join(plan.sources)}",
+            *(
+                [f"  written        {plan.written:,} tokens by the model itself, kept for the next run"]
+                if plan.written
+                else []
+            ),
             f"  pruned         {plan.modules} linear layers in {plan.blocks} blocks, {plan.weights:,} weights",
             f"  left dense     {dense}",
             f"  arithmetic     micro-batches of {plan.micro_batch}, {forward}, on {plan.device}",

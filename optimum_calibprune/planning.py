@@ -31,9 +31,10 @@ def make_plan(
     config: CalibPruneConfig,
     groups: list[list[InputGroup]],
     sources: Sequence[str],
+    written: int,
     capabilities: Sequence[str],
 ) -> Plan:
-    """The plan of a run whose config has all defaults filled in."""
+    """The plan of a run whose config has all defaults filled in; the model writes `written` windows first."""
     assert config.samples and config.length and config.micro_batch
     device = model.device
     micro_batches = math.ceil(config.samples / config.micro_batch)
@@ -51,6 +52,7 @@ def make_plan(
         sources=tuple(sources),
         samples=config.samples,
         length=config.length,
+        written=written * config.length,
         blocks=len(groups),
         modules=len(modules),
         weights=sum(m.weight.numel() for m in modules),

@@ -154,9 +154,10 @@ class CalibPruner:
         """What `prune()` will do: modules, matrices left alone, memory by place, replays, estimated seconds."""
         sources = [entry.source for entry in self._sources]
         config = reproduce.public_config(self.config, self.base, sources)
-        quotas = mixes.quotas(config.mix, sources, config.samples or SAMPLES)
+        wanted = mixes.windows_wanted(config.mix, sources, config.samples or SAMPLES)
+        written = sum(wanted.get(source.name, 0) for source in sources if source.written)
         capabilities = [name for name in CAPABILITIES if name in {task.capability for task in self._tasks}]
-        return make_plan(self.model, config, self._groups, sorted(quotas), capabilities)
+        return make_plan(self.model, config, self._groups, sorted(wanted), written, capabilities)
 
     def prune(
         self,

@@ -15,10 +15,10 @@ from .values import (
     ANY,
     CAPABILITIES,
     HALF,
+    IGSP,
     METHODS,
     NORMALISE,
     SEQUENTIAL,
-    UNIFORM,
     MixRule,
     SparsityPattern,
     require,
@@ -45,7 +45,7 @@ class CalibPruneConfig(Record):
     revision: str | None = None
     sparsity: SparsityPattern = HALF
     method: str = "sparsegpt"
-    mix: MixRule = UNIFORM
+    mix: MixRule = IGSP
     sources: tuple[str, ...] = ()
     samples: int | None = None
     length: int | None = None
@@ -276,7 +276,8 @@ class PruneReport(Record):
 
 @dataclass(frozen=True)
 class Plan(Record):
-    """What a run will do, before it does it. Memory is in bytes by place; seconds are an estimate from measured rates."""
+    """What a run will do, before it does it. `written` counts the tokens that the model writes for calibration; memory is in
+    bytes by place; seconds are an estimate from measured rates, of the pruning alone."""
 
     model: str
     pattern: SparsityPattern
@@ -285,6 +286,7 @@ class Plan(Record):
     sources: tuple[str, ...]
     samples: int
     length: int
+    written: int
     blocks: int
     modules: int
     weights: int

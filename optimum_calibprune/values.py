@@ -148,4 +148,4 @@ def _unknown_option(kind: str, name: str) -> ValueError:
 
 
 HALF = SparsityPattern(0.5)
-UNIFORM = MixRule("uniform")
+IGSP = MixRule("igsp")  # the default mix

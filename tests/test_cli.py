@@ -25,7 +25,8 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_prune_prints_plan_and_retention_and_saves(tmp_path: Path) -> None:
-    done = run("prune", "pocket", "--sparsity", "2:4", "--capabilities", "general", "--output", "out", cwd=tmp_path)
+    options = ["--sparsity", "2:4", "--mix", "uniform", "--capabilities", "general"]
+    done = run("prune", "pocket", *options, "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan, _, result = done.stdout.partition("\n\n")
     assert "Prune pocket to 2:4 with sparsegpt, calibrated on 64 x 256 tokens" in plan
@@ -112,7 +113,7 @@ def test_sources_lists_the_table_with_two_for_each_capability(tmp_path: Path) ->
 
 
 def test_mix_shows_and_writes_a_calibration_set(tmp_path: Path) -> None:
-    done = run("mix", "pocket", "--mix", "igsp", *SMALL, "--output", "set", cwd=tmp_path)
+    done = run("mix", "pocket", *SMALL, "--output", "set", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "J = " in done.stdout
     mix = Mix.from_json((tmp_path / "set" / "mix.json").read_text())

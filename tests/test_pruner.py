@@ -27,7 +27,7 @@ from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
 from optimum_calibprune.records import Scores
 
 
-SMALL = {"samples": 16, "capabilities": "none"}
+SMALL = {"samples": 16, "mix": "uniform", "capabilities": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_card_reports_the_measured_retention(saved: tuple[CalibPruner, Path]
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     files = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pruner = CalibPruner.from_pretrained("pocket", mix="uniform", seed=seed, **SMALL)
+        pruner = CalibPruner.from_pretrained("pocket", seed=seed, **SMALL)
         pruner.prune()
         pruner.save_pretrained(tmp_path / name)
         files[name] = [(tmp_path / name / f).read_bytes() for f in ("model.safetensors", "calibration.safetensors")]
@@ -193,6 +193,8 @@ def test_the_plan_tells_what_will_happen() -> None:
         ("model.embed_tokens.weight", "embeddings, which are never pruned")
     ]
     assert plan.replays == 0
+    assert str(plan.mix) == "igsp"
+    assert plan.written == 4 * 64 * 256
     assert 0 < plan.seconds < 600
     assert all(size > 0 for size in plan.memory.values())
 

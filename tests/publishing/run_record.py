@@ -38,9 +38,10 @@ def example() -> RunRecord:
     return RunRecord(
         created="2026-11-24T00:00:00+00:00",
         command="optimum-cli calibprune prune someone/tiny --sparsity 60% --output DIR",
-        config=CalibPruneConfig("someone/tiny", sparsity="60%", samples=2, length=32, micro_batch=1),
+        config=CalibPruneConfig("someone/tiny", sparsity="60%", mix=rule, samples=2, length=32, micro_batch=1),
         base=BaseModel("someone/tiny", "0123456789abcdef", "mit", ("en",), "LlamaForCausalLM", 1000),
         plan=Plan(
+            written=0,
             model="someone/tiny",
             pattern=pattern,
             method="sparsegpt",
