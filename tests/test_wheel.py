@@ -29,6 +29,7 @@ def test_the_wheel_holds_code_data_template_and_registration(wheel: Path) -> Non
     assert "optimum/commands/register/register_calibprune.py" in names
     assert "optimum_calibprune/publishing/model_card_template.md" in names
     assert "optimum_calibprune/pocket/model/model.safetensors" in names
+    assert "optimum_calibprune/calibration/seeds.json" in names
     assert {f"optimum_calibprune/pocket/probes/{c}.jsonl" for c in ("general", "code")} <= names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/")) or n == "optimum/__init__.py"]
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "optimum_calibprune").rglob("*.py")}

@@ -130,12 +130,26 @@ def _source_row(run: RunRecord, source: CalibrationSource) -> dict[str, str]:
         "name": source.name,
         "capability": source.capability,
         "share": _percent(run.mix.shares[source.name]),
-        "data": " ".join(filter(None, (source.repo, source.subset))) or source.path or "given in memory",
+        "data": _data(source),
         "revision": (source.revision or "")[:12],
-        "licence": source.licence or ("see the data set's card" if source.repo else "not stated"),
+        "licence": source.licence or _unstated_licence(source),
         "perplexity": f"{profile.perplexity:.1f}",
         "duplicates": _percent(profile.duplicate_rate),
     }
+
+
+def _data(source: CalibrationSource) -> str:
+    """Where the text is from; of text that the model wrote itself how it was drawn."""
+    if source.written:
+        how = ", ".join(
+            f"{name} {source.pool[name]}" for name in ("prefixes of", "documents", "seed") if name in source.pool
+        )
+        return f"written by the model: {', '.join(filter(None, (source.pool.get('sampling'), how)))}"
+    return " ".join(filter(None, (source.repo, source.subset))) or source.path or "given in memory"
+
+
+def _unstated_licence(source: CalibrationSource) -> str:
+    return "the model's own text" if source.written else "see the data set's card" if source.repo else "not stated"
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optimum_calibprune.publishing.card import render, retention_table
-from optimum_calibprune.records import CapabilityReport, CapabilityRetention, RunRecord
+from optimum_calibprune.records import CalibrationSource, CapabilityReport, CapabilityRetention, RunRecord
 from tests.publishing.run_record import example
 
 
@@ -56,6 +56,15 @@ def test_a_local_base_model_is_no_hub_link(run: RunRecord) -> None:
     text = render(replace(run, base=replace(run.base, name="my-model", revision=None)))
     assert "base_model" not in text
     assert "https://huggingface.co/my-model" not in text
+
+
+def test_text_that_the_model_wrote_says_so_and_how(run: RunRecord) -> None:
+    pool = {"sampling": "t_initial 0.7, t_final 0.7", "documents": "12", "seed": "3", "windows": "8"}
+    written = CalibrationSource("notes", "code", written="proposals", pool=pool)
+    text = render(replace(run, sources=(run.sources[0], written)))
+    row = next(line for line in text.splitlines() if line.startswith("| notes "))
+    assert "| written by the model: t_initial 0.7, t_final 0.7, documents 12, seed 3 |" in row
+    assert "| the model's own text |" in row
 
 
 def test_undefined_retention_says_so(run: RunRecord) -> None:
