@@ -112,7 +112,19 @@ def plan_text(plan: Plan) -> str:
 # --------------------------------------------------------------------------------------------- commands
 
 
-class PruneCommand(BaseOptimumCLICommand):
+class _Command(BaseOptimumCLICommand):
+    """A command that can take long: every expected failure is one sentence, and an interrupt ends it."""
+
+    def run(self) -> None:
+        quiet_libraries()
+        with errors(FAILED), interrupts() as check:
+            self._run(check)
+
+    def _run(self, check: Callable[[], None]) -> None:
+        raise NotImplementedError
+
+
+class PruneCommand(_Command):
     """Calibrate, prune, measure, save, and push if asked to."""
 
     @staticmethod
@@ -131,11 +143,6 @@ class PruneCommand(BaseOptimumCLICommand):
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
         parser.add_argument("--push-to-hub", metavar="ID", help="upload the result to this repo")
         parser.add_argument("--private", action="store_true", default=None, help="create that repo as a private one")
-
-    def run(self) -> None:
-        quiet_libraries()
-        with errors(FAILED), interrupts() as check:
-            self._run(check)
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
@@ -226,7 +233,7 @@ def _profile_row(profile: SourceProfile, share: float) -> list[str]:
     ]
 
 
-class MixCommand(BaseOptimumCLICommand):
+class MixCommand(_Command):
     """Choose a calibration set and show it, without pruning."""
 
     @staticmethod
@@ -234,11 +241,6 @@ class MixCommand(BaseOptimumCLICommand):
         _add_model(parser)
         _add_calibration(parser)
         parser.add_argument("--output", metavar="DIR", help="write calibration.safetensors and mix.json there")
-
-    def run(self) -> None:
-        quiet_libraries()
-        with errors(FAILED), interrupts() as check:
-            self._run(check)
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
@@ -264,18 +266,13 @@ class MixCommand(BaseOptimumCLICommand):
                 say(f"J = {mix.objective:.4f} ({', '.join(f'{k} {v:.4f}' for k, v in mix.parts.items())})")
 
 
-class EvaluateCommand(BaseOptimumCLICommand):
+class EvaluateCommand(_Command):
     """Measure a model's capabilities and perplexity, without pruning."""
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
         _add_evaluation(parser)
-
-    def run(self) -> None:
-        quiet_libraries()
-        with errors(FAILED), interrupts() as check:
-            self._run(check)
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args

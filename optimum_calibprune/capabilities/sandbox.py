@@ -119,8 +119,9 @@ def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int
 
     A bare Python, the supervisor, forks a keeper, which forks the process that runs the program, locks it up, and kills
     it with all it has started. A pass is a secret that the keeper sends once the process is locked up, and that comes
-    back only from the program's end. Ordinary Python code cannot reach the secret, but no check inside one process withstands a program
-    that reads its own memory, nor one that redefines what its tests use or returns objects equal to everything.
+    back only from the program's end. Ordinary Python code cannot reach the secret, but no check inside one process
+    withstands a program that reads its own memory, nor one that redefines what its tests use or returns objects equal to
+    everything.
 
     Args:
         program: Source text, tests included.

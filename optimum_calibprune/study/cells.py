@@ -155,7 +155,8 @@ class CellResult(Record):
 
     `metrics` holds the numeric fields of the profile of the calibration set as a whole, `sample_means` the means of those of
     its samples (of perplexity the geometric mean), `source_metrics` those of each source it was chosen from, and `capabilities`
-    what each of these sources stands for. `shares` says how much came from where; `upper_bound` names sources from the generator of the probes among them.
+    what each of these sources stands for. `shares` says how much came from where; `upper_bound` names those of its sources
+    that come from the generator of the probes.
     """
 
     cell: Cell

@@ -23,9 +23,13 @@ SETTINGS_NAME, DENSE_NAME, CELLS_FOLDER = "study.json", "dense.json", "cells"
 
 @dataclass(frozen=True)
 class StudySettings(Record):
-    """What all cells of a study share. `weights` is the SHA-256 of the dense model and its tokenizer, `probes` that of each
-    task's file, `perplexity_text` and `seed_texts` those of the files of that name (empty: none was given), `sources` that of each source's text (of a Hub source: where it lies); sources may be added later.
-    `options` are the fields of `CalibPruneConfig` that decide a number and are the same in every cell."""
+    """What all cells of a study share.
+
+    `weights` is the SHA-256 of the dense model and its tokenizer, `probes` that of each task's file, `perplexity_text` and
+    `seed_texts` those of the files of that name (empty: none was given), `sources` that of each source's text (of a Hub
+    source: where it lies); sources may be added later. `options` are the fields of `CalibPruneConfig` that decide a number
+    and are the same in every cell.
+    """
 
     model: str
     revision: str | None
