@@ -262,6 +262,22 @@ def test_degenerate_loops_stay_among_the_candidates(
 # ------------------------------------------------------------------------------------------------ end to end
 
 
+def test_of_text_that_loops_and_text_that_does_not_a_run_takes_the_latter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    written = []
+    for temperature in (0.01, 0.7):
+        asked = request(MixRule.parse(f"igsp:temperature={temperature}"), tokenizer, 3)
+        written.append(selfgen.write_pool(model, tokenizer, asked, windows=16, length=128, seed=0).input_ids)
+    both = np.concatenate(written)
+    settings = {"sources": {"both:math": both}, "samples": 8, "length": 128, "capabilities": "none"}
+    chosen = CalibPruner.from_pretrained("pocket", **settings).choose_calibration().calibration.input_ids
+    offered, taken = (
+        np.sort([len({tuple(row[i : i + 4]) for i in range(125)}) for row in ids.tolist()]) for ids in (both, chosen)
+    )
+    assert offered[3] < 0.5 * offered[-8] <= taken[0]
+
+
 @pytest.mark.parametrize(
     ("mix", "sources", "origins"),
     [
