@@ -120,9 +120,9 @@ def test_igsp_keeps_its_quotas_and_its_trace(saved: tuple[CalibPruner, Path]) ->
     mix = saved[0].record.mix
     groups = [row.group for row in saved[0].record.rows]
     assert {g: groups.count(g) for g in set(groups)} == {"general": 11, "commonsense": 11, "code": 21, "math": 21}
-    assert len(mix.trace) == 64
+    assert len(mix.trace) >= 64, "J after each greedy step, then after each swap"
     assert mix.objective == mix.trace[-1]
-    assert mix.objective == pytest.approx(mix.parts["aggregation"] + mix.parts["lambda"] * mix.parts["imbalance"])
+    assert mix.objective == pytest.approx(mix.parts["aggregation"] + mix.parts["lambda"] * mix.parts["level"])
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
@@ -144,7 +144,9 @@ def test_sources_may_be_in_memory() -> None:
     text = ["The quick brown fox jumps over the lazy dog. " * 40] * 40
     ids = np.arange(64 * 64).reshape(64, 64) % 2048
     pruner = CalibPruner.from_pretrained(
-        "pocket", sources={"notes:general": text, "numbers:math": ids}, length=64, samples=8, capabilities="none"
+        "pocket",
+        sources={"notes:general": text, "numbers:math": ids},
+        **(SMALL | {"length": 64, "samples": 8}),
     )
     record = pruner.prune()
     assert record.mix.shares == {"notes": 0.5, "numbers": 0.5}
