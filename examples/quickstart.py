@@ -7,7 +7,7 @@ from optimum_calibprune import CalibPruner
 
 
 def main() -> None:
-    pruner = CalibPruner.from_pretrained("pocket", sparsity="50%", mix="igsp")
+    pruner = CalibPruner.from_pretrained("pocket", sparsity="50%")
     record = pruner.prune()
     for kept in record.capabilities.capabilities:
         print(f"{kept.capability:12} dense {kept.dense:.1%}  sparse {kept.sparse:.1%}  retention {kept.retention:.1%}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -63,7 +62,7 @@ class CalibPruner:
     """Chooses calibration data, prunes a language model with it, measures what was kept, and publishes the result.
 
     Example:
-        >>> pruner = CalibPruner.from_pretrained("pocket", sparsity="50%", mix="igsp")
+        >>> pruner = CalibPruner.from_pretrained("pocket", sparsity="50%")
         >>> record = pruner.prune()
         >>> pruner.save_pretrained("pocket-50")
 
@@ -122,7 +121,8 @@ class CalibPruner:
         Args:
             model: Hub id, folder, or `"pocket"`.
             sources: names of the table, paths, `"NAME=PATH:CAPABILITY"`, `CalibrationSource`s; or a mapping from
-                `"NAME:CAPABILITY"` to data in memory. Default: the pocket's real texts, or the table's sources.
+                `"NAME:CAPABILITY"` to data in memory. Default: what the mix names or the model writes, else the pocket's
+                real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
             token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
             **config: the fields of `CalibPruneConfig`: `sparsity`, `mix`, `samples`, `length`, `seed`, ...
@@ -272,7 +272,7 @@ class CalibPruner:
         return PruneReport(
             pattern=config.sparsity,
             method=config.method,
-            layers=_recount(self.model, layers),
+            layers=schedule.recount(self.model, layers),
             untouched=plan.untouched,
             micro_batch=plan.micro_batch,
             resident=plan.resident,
@@ -391,11 +391,3 @@ def _stage(on_progress: Progress | None, stage: str) -> Progress | None:
     if on_progress is None:
         return None
     return lambda done, total, text: on_progress(done, total, f"{stage}: {text}" if text else stage)
-
-
-def _recount(model: PreTrainedModel, layers: Sequence[LayerReport]) -> tuple[LayerReport, ...]:
-    """The reports with the zeros that the model holds at the end, counted anew."""
-    return tuple(
-        replace(layer, zeros_found=int((blocks.weight_of(model.get_submodule(layer.module)) == 0).sum()))
-        for layer in layers
-    )

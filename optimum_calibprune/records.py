@@ -286,7 +286,6 @@ class Plan(Record):
     sources: tuple[str, ...]
     samples: int
     length: int
-    written: int
     blocks: int
     modules: int
     weights: int
@@ -298,6 +297,7 @@ class Plan(Record):
     device: str
     memory: dict[str, int]
     seconds: float
+    written: int = 0
 
 
 # ---------------------------------------------------------------------------------------- capabilities

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -290,3 +290,11 @@ class _BlockWalk:
                 seconds=time.perf_counter() - started,
                 kernel="torch",
             )
+
+
+def recount(model: PreTrainedModel, layers: Sequence[LayerReport]) -> tuple[LayerReport, ...]:
+    """The reports with the zeros that the model holds at the end, counted anew."""
+    return tuple(
+        replace(layer, zeros_found=int((blocks.weight_of(model.get_submodule(layer.module)) == 0).sum()))
+        for layer in layers
+    )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -160,13 +160,24 @@ def test_float64_equals_the_paper_on_odd_shapes_and_patterns(rows: int, columns:
     assert_equals_paper(*random_layer(rows, columns), pattern(asked))
 
 
+def answers_of_float64(W: Tensor, X: Tensor, asked: str) -> Iterator[float]:
+    """Errors of the float64 solution, first for W, then for weights that fp32 can hardly tell from W: where two weights
+    tie at a window's threshold, the last digit decides which one goes, and what follows from it."""
+    H = hessian_of(X)
+    yield solve(W.double(), H, pattern(asked)).relative_error
+    half_a_digit = torch.finfo(torch.float32).eps / 2
+    for seed in range(8):
+        noise = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        yield solve(W.double() * (1 + half_a_digit * noise), H, pattern(asked)).relative_error
+
+
 @pytest.mark.parametrize("asked", ["50%", "2:4"])
 def test_fp32_agrees_with_float64_on_every_real_layer(real_layers: Layers, asked: str) -> None:
     for name, (W, X) in real_layers.items():
         single = solve(W, hessian_of(X, torch.float32), pattern(asked))
         double = solve(W.double(), hessian_of(X), pattern(asked))
         assert (single.mask == double.mask).double().mean() >= 0.999, name
-        assert single.relative_error == pytest.approx(double.relative_error, rel=2e-2), name
+        assert any(single.relative_error == pytest.approx(e, rel=5e-3) for e in answers_of_float64(W, X, asked)), name
         assert single.relative_error == pytest.approx(output_error(W, single.weight, X), rel=1e-4), name
 
 

@@ -41,7 +41,6 @@ def example() -> RunRecord:
         config=CalibPruneConfig("someone/tiny", sparsity="60%", mix=rule, samples=2, length=32, micro_batch=1),
         base=BaseModel("someone/tiny", "0123456789abcdef", "mit", ("en",), "LlamaForCausalLM", 1000),
         plan=Plan(
-            written=0,
             model="someone/tiny",
             pattern=pattern,
             method="sparsegpt",

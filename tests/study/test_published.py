@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from optimum_calibprune.records import CAPABILITIES
 from optimum_calibprune.study import report
 from optimum_calibprune.study.store import StudyFolder
 
@@ -45,9 +47,39 @@ def test_every_mean_follows_from_the_items_of_its_cells(data: dict[str, Any]) ->
 
 def test_the_page_shows_the_table_of_the_report_and_every_figure_it_names(data: dict[str, Any]) -> None:
     page = (DOCS / "study.md").read_text(encoding="utf-8")
-    rows = [row for row in data["mixes"] if row["pattern"] == "50%"]
-    table = report._mixes(rows, data["dense"]).partition("\n\n")[0]
-    assert table in page
+    written = (FOLDER.path / report.REPORT_NAME).read_text(encoding="utf-8")
+    assert all(part in written for part in report.render(data).split("\n\n"))
+    assert written.partition("## At 50%\n\n")[2].partition("\n\n")[0] in page
     for line in page.splitlines():
         if line.startswith("!["):
             assert (DOCS / line.partition("](")[2].rstrip(")")).is_file(), line
+
+
+def test_every_total_and_difference_in_prose_stands_in_the_json(data: dict[str, Any]) -> None:
+    known = {_spread("", row["total"], row["total_interval"]) for row in data["mixes"]}
+    known |= {_spread("+", row["difference"], row["interval"]) for row in data["comparisons"]}
+    pages = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("study.md", "../README.md", "log.md")}
+    pages["study.md"] = re.sub(r"^\|.*\n", "", pages["study.md"], flags=re.MULTILINE)  # tables have tests of their own
+    pages["log.md"] = pages["log.md"].partition("### Which mix is the default")[2].partition("###")[0]
+    for name, page in pages.items():
+        found = re.findall(r"[+-]?\d+\.\d \([+-]?\d+\.\d to [+-]?\d+\.\d\)", page.replace("*", ""))
+        assert len(found) > 5, name
+        assert set(found) <= known, name
+
+
+def test_every_row_of_the_readme_stands_in_the_json(data: dict[str, Any]) -> None:
+    known = {
+        tuple(f"{100 * value:.1f}" for value in (*(r["retention"][c]["value"] for c in CAPABILITIES), r["total"]))
+        for r in data["mixes"]
+        if r["pattern"] == "50%"
+    }
+    measured = (DOCS.parent / "README.md").read_text(encoding="utf-8").partition("## Measured")[2].partition("##")[0]
+    rows = [re.findall(r"\d+\.\d", line.partition("| ")[2].partition("|")[2])[:5] for line in measured.splitlines()]
+    rows = [tuple(row) for row in rows if len(row) == 5]
+    assert len(rows) > 10
+    assert set(rows) <= known
+
+
+def _spread(sign: str, value: float, interval: list[float]) -> str:
+    middle, low, high = (f"{100 * number:{sign}.1f}" for number in (value, *interval))
+    return f"{middle} ({low} to {high})"
