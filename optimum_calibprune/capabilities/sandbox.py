@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import socket
 import subprocess
 import sys
@@ -222,7 +223,7 @@ class _Supervisor:
 
     def __init__(self, seconds: float, memory: int, namespaces: bool) -> None:
         self._seconds = seconds
-        self._arguments = [str(seconds), str(memory), str(int(namespaces))]
+        self._arguments = [str(seconds), str(memory), str(int(namespaces)), str(os.getpid())]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> _Supervisor:

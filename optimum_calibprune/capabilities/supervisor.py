@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Locks up and watches generated programs; `sandbox.py` runs this file as a bare Python that imports nothing of ours.
 
-Arguments: seconds, bytes of memory, 1 for namespaces or 0. Programs come on standard input, one after another, and for
+Arguments: seconds, bytes of memory, 1 for namespaces or 0, the process that starts this one. Programs come on standard input, one after another, and for
 each an answer goes to standard output. Every program gets a keeper of its own: a fork of this process that leaves for
 fresh namespaces or picks a spare user, forks the process that runs the program, locks it up, and kills all that it has
 started. So programs share nothing but the start of Python. Constants carry their names of the Linux headers in comments;
@@ -27,6 +27,13 @@ def _call(name: str, *arguments: int | bytes | None) -> int:
 
 def _die_with_parent() -> None:
     _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def _live_no_longer_than(parent: int) -> None:
+    """Die with the parent, and at once where it had died before the kernel could be asked for that."""
+    _die_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _libraries() -> list[str]:
@@ -112,7 +119,7 @@ def _limit_resources(seconds: float, memory: int) -> None:
 
 
 def _drop_privileges(uid: int) -> None:
-    """Become the spare user where we are root, give up all capabilities, and die with the supervisor."""
+    """Become the spare user where we are root, give up all capabilities, and die with the keeper."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -163,7 +170,8 @@ def _attempt(program: bytes) -> None:
     sys.addaudithook(_refuse_introspection)
     try:
         # While the program runs, the secret is on the interpreter's stack alone: no name or object leads to it.
-        os.write(3, os.read(0, 16) + _execute(program))
+        # No secret comes from a keeper that died before this process could ask to die with it.
+        os.write(3, (os.read(0, 16) or os._exit(1)) + _execute(program))
     except MemoryError:
         os.write(3, b"out of memory")
     except BaseException as error:  # SystemExit too: the program did not reach its end
@@ -207,7 +215,6 @@ def _describe(message: bytes | None, status: int) -> str:
 
 def _prepare_keeper(folder: str, namespaces: bool, uid: int) -> None:
     """Set up what locking up needs from outside of the process to be locked up."""
-    _die_with_parent()
     os.umask(0o022)
     if namespaces:
         _enter_namespaces()
@@ -266,17 +273,19 @@ def _answer(text: str) -> None:
     os.write(1, b"%d\n%b" % (len(answer), answer))  # shorter than a pipe holds, so it goes as a whole
 
 
-def _serve(seconds: float, memory: int, namespaces: bool) -> None:
+def _serve(seconds: float, memory: int, namespaces: bool, caller: int) -> None:
     """Answer each request (a line "length folder", then the program) with "passed seconds reason", or with "! reason"
     where the program could not be isolated."""
-    _die_with_parent()
+    _live_no_longer_than(caller)
     __import__("resource")  # here, so that not every fork loads it
+    supervisor = os.getpid()
     while header := sys.stdin.buffer.readline():
         length, folder = header.decode().rstrip("\n").split(" ", 1)
         program = sys.stdin.buffer.read(int(length))
         keeper = os.fork()
         if keeper == 0:
             try:
+                _live_no_longer_than(supervisor)
                 _answer(_keep(program, folder, seconds, memory, namespaces))
             except SystemExit as error:
                 _answer(f"! {error}")
@@ -290,4 +299,4 @@ def _serve(seconds: float, memory: int, namespaces: bool) -> None:
 
 
 if __name__ == "__main__":
-    _serve(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+    _serve(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4]))

@@ -344,6 +344,17 @@ sandbox._judge("while True: pass", 60, {MEMORY}, {level.namespaces})
     assert wait_until_gone(str(MEMORY))
 
 
+def test_a_supervisor_whose_caller_has_died_already_runs_nothing() -> None:
+    program = b"print('ran')"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", supervisor.__file__, "5", str(MEMORY), "0", str(os.getppid())],
+        input=f"{len(program)} /tmp\n".encode() + program,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
 def test_no_other_process_can_be_killed(level: Isolation, bystander: subprocess.Popen) -> None:
     program = f"""
 import os, signal
