@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-SAMPLES, LENGTH, MICRO_BATCH_TOKENS = 128, 2048, 2048
+SAMPLES, LENGTH = 128, 2048
+MICRO_BATCH_TOKENS = {"cuda": 16384}  # a GPU wants larger products, and fewer of them
+FEW_TOKENS = 2048
 SGS_CORPUS = "wikitext2"  # the source whose documents SGS continues, unless the user names others
 NO_SUITE = "this release measures capabilities of the pocket model only"
 Sources = Sequence[str | CalibrationSource] | Mapping[str, Any] | None
@@ -58,7 +60,8 @@ def with_defaults(config: CalibPruneConfig, model: PreTrainedModel) -> CalibPrun
     if context is not None and length > context:
         raise ValueError(f"length {length} exceeds the model's context of {context} tokens.")
     samples = config.samples or samples
-    step = config.micro_batch or max(1, min(samples, MICRO_BATCH_TOKENS // length))
+    tokens = MICRO_BATCH_TOKENS.get(model.device.type, FEW_TOKENS)
+    step = config.micro_batch or max(1, min(samples, tokens // length))
     return replace(config, samples=samples, length=length, micro_batch=step)
 
 

@@ -13,7 +13,7 @@ import torch
 from .pruning import blocks, schedule
 from .pruning.balance import ROUNDS
 from .pruning.blocks import InputGroup
-from .pruning.kernels.reference import sweep
+from .pruning.kernels import kernels_for
 from .pruning.sparsegpt import BLOCK
 from .records import CalibPruneConfig, Plan
 from .values import CAPABILITIES
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-COLUMN_SECONDS = 40e-6  # of one column step of the sweep on a matrix without rows, measured on a CPU
+COLUMN_SECONDS = 20e-6  # of one column step of the sweep on a matrix without rows, measured on a CPU
 
 
 def make_plan(
@@ -105,9 +105,11 @@ def _seconds(
             columns = group.columns
             outputs = sum(blocks.weight_of(m).shape[0] for m in group.modules)
             seconds += (1 + replays) * 2 * tokens * columns * outputs / forward_rate
-            seconds += 2 * tokens * columns**2 / solve_rate
-            seconds += solutions * (columns**3 + 5 * outputs * columns**2) / solve_rate
-            seconds += solutions * (outputs * columns / sweep_rate + len(group.modules) * columns * COLUMN_SECONDS)
+            seconds += tokens * columns**2 / solve_rate  # one triangle of the Hessian
+            seconds += (
+                solutions * (2 / 3 * columns**3 + 3 * outputs * columns**2) / solve_rate
+            )  # factor, updates, errors
+            seconds += solutions * (outputs * columns / sweep_rate + columns * COLUMN_SECONDS)
     return seconds
 
 
@@ -124,13 +126,15 @@ def _product_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) ->
 
 
 def _sweep_rate(rows: int, device: torch.device) -> float:
-    """Weights a second of the solver's sweep through one block of columns, the better of two."""
-    W, U = torch.ones(rows, BLOCK, device=device), torch.eye(BLOCK, device=device)
-    mask = torch.zeros_like(W, dtype=torch.bool)
+    """Weights a second of the solver's choice and sweep in one window of columns, the better of two."""
+    kernels = kernels_for(device, torch.float32)
+    W, U = torch.rand(BLOCK, rows, device=device), torch.eye(BLOCK, device=device)
+    errors, mask = torch.empty_like(W), torch.empty_like(W, dtype=torch.bool)
     best = math.inf
     for _ in range(2):
         started = time.perf_counter()
-        weight, _, _ = sweep(W, U, mask)
-        weight[0, 0].item()  # waits for the device
+        kernels.select_(mask.t(), W.t(), U.diagonal(), [rows], [W.numel() // 2])
+        kernels.sweep_(W.t(), errors.t(), mask.t(), U)
+        W[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
     return W.numel() / best

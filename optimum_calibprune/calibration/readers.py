@@ -59,16 +59,25 @@ READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def document(source: CalibrationSource, row: Any, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
-    """A row's text, or its token ids where it holds them already; no text where a column that it needs is null.
+    """A row's text, or its token ids, without padding, where it holds them already; no text where a column that it needs
+    is null.
 
     Raises `ValueError` where the row does not fit `source.text`, naming the columns that it has.
     """
     if isinstance(row, str):
         return row
     if not isinstance(row, Mapping):
-        return _token_ids(source, row)
+        return _unpadded(_token_ids(source, row), tokenizer)
     if "input_ids" in row:
-        return _token_ids(source, row["input_ids"])
+        ids = _token_ids(source, row["input_ids"])
+        if row.get("attention_mask") is None:
+            return _unpadded(ids, tokenizer)
+        mask = _token_ids(source, row["attention_mask"])
+        if len(mask) != len(ids):
+            raise ValueError(
+                f"A row of source {source.name!r} has {len(ids)} input_ids but {len(mask)} in attention_mask."
+            )
+        return [token for token, real in zip(ids, mask, strict=True) if real]
     try:
         return _text(source.text, row, tokenizer)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -77,6 +86,15 @@ def document(source: CalibrationSource, row: Any, tokenizer: PreTrainedTokenizer
             f"A row of source {source.name!r} does not fit {source.text!r}: {why}. "
             f"Its columns are: {', '.join(map(str, row)) or 'none'}."
         ) from error
+
+
+def _unpadded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without the padding at either end, where padding has a token of its own."""
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return ids
+    real = [i for i, token in enumerate(ids) if token != pad]
+    return ids[real[0] : real[-1] + 1] if real else []
 
 
 def _token_ids(source: CalibrationSource, ids: Any) -> list[int]:

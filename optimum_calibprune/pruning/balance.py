@@ -56,7 +56,7 @@ class Balance:
             shares = []
             for hessian in sorted({number[i] for i in several}):
                 mine = [i for i in several if number[i] == hessian]
-                weights = torch.tensor([rows[i].weight for i in mine], device=device) if weighted else None
+                weights = torch.tensor([rows[i].weight for i in mine]) if weighted else None
                 samples = torch.tensor([i - start for i in mine], device=device)
                 shares.append(Share(hessian, samples if len(mine) < len(several) else None, weights))
             batches.append(tuple(shares))
@@ -69,14 +69,18 @@ class Balance:
         """The Hessians of one input, before anything has arrived."""
         return [Hessian(columns, device) for _ in self.weights]
 
-    def add(self, hessians: Sequence[Hessian], micro_batch: int, x: Tensor) -> bool:
-        """Adds the inputs `[samples, length, columns]` of one micro-batch; False where NaN or infinity has entered."""
-        finite = True
+    def add(self, hessians: Sequence[Hessian], micro_batch: int, x: Tensor) -> Tensor:
+        """Adds the inputs `[samples, length, columns]` of one micro-batch.
+
+        Returns:
+            A flag on the device, False where NaN or infinity has entered.
+        """
+        finite = []
         for share in self.batches[micro_batch]:
             hessian = hessians[share.hessian]
             hessian.add(x if share.samples is None else x[share.samples], share.weights)
-            finite = finite and hessian.finite
-        return finite
+            finite.append(hessian.finite)
+        return torch.stack(finite).all()
 
     def combine(self, hessians: Sequence[Hessian]) -> Hessian:
         """The one Hessian that the solver sees (for `"minimax"`: sees first)."""
@@ -109,10 +113,9 @@ def improve_worst(
 
     Raises what `solve` raises.
     """
-    matrices = [hessian.matrix for hessian in hessians]
 
     def errors_of(solution: Solution) -> list[float]:
-        return [relative_error(W, solution.weight, matrix) for matrix in matrices]
+        return [relative_error(W, solution.weight, hessian) for hessian in hessians]
 
     best, errors, current = first, errors_of(first), list(weights)
     least = max(errors)

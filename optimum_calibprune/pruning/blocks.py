@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ class InputGroup:
     @property
     def columns(self) -> int:
         return weight_of(self.modules[0]).shape[1]
+
+    @property
+    def rows(self) -> int:
+        return sum(weight_of(module).shape[0] for module in self.modules)
 
 
 @dataclass(frozen=True)
@@ -238,9 +243,32 @@ def _by_input(calls: list[tuple[str, nn.Module, Tensor]]) -> list[InputGroup]:
 # --------------------------------------------------------------------------------- one block at a time
 
 
-def load(block: nn.Module, device: torch.device) -> None:
-    """Moves a block to where it is worked on."""
-    block.to(device)
+def brought(model_blocks: nn.ModuleList, device: torch.device) -> Iterator[nn.Module]:
+    """The blocks one after the other, each moved to `device`; while one is worked on, the next is on its way."""
+    if next(model_blocks.parameters()).device == device:
+        yield from model_blocks
+        return
+    with ThreadPoolExecutor(1) as helper:
+        coming = helper.submit(_copies, model_blocks[0], device)
+        for i, block in enumerate(model_blocks):
+            copies = coming.result()
+            if i + 1 < len(model_blocks):
+                coming = helper.submit(_copies, model_blocks[i + 1], device)
+            for tensor, copy in copies:
+                tensor.data = copy
+                if device.type == "cuda":
+                    copy.record_stream(torch.cuda.current_stream(device))  # it was made on another one
+            yield block
+
+
+def _copies(block: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    tensors = [*block.parameters(), *block.buffers()]
+    if device.type != "cuda":
+        return [(tensor, tensor.data.to(device)) for tensor in tensors]
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        copies = [(tensor, tensor.data.to(device)) for tensor in tensors]
+        torch.cuda.current_stream(device).synchronize()  # only this thread waits
+    return copies
 
 
 def store(block: nn.Module, device: torch.device) -> None:

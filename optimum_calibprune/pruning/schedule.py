@@ -10,9 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,8 +18,9 @@ from ..records import CalibrationSet, LayerReport, SparsityPattern
 from . import blocks
 from .balance import Balance, improve_worst
 from .blocks import Call, InputGroup
-from .hessian import Hessian
-from .sparsegpt import solve
+from .forward import Forward, wait_before
+from .hessian import Hessian, NotFinite
+from .sparsegpt import Solution, solve_together
 
 
 Progress = Callable[[int, int, str], None]
@@ -29,28 +28,6 @@ Progress = Callable[[int, int, str], None]
 
 class Cancelled(Exception):
     """The caller asked to stop; modules that were finished stay pruned, the others are as they were."""
-
-
-class Forward(greenlet):
-    """One micro-batch on its way through a block. Each `switch()` runs it to the next gate, where it hands over the
-    tensor that is about to be read there, and at last returns the block's output; `throw()` drops it earlier.
-
-    A gate is the first module of an input group. So many micro-batches wait at the same gate until its modules are
-    solved, and then go on with the pruned weights: one forward in all, with the arithmetic of micro-batches.
-    """
-
-    gate: nn.Module | None = None
-
-    def drop(self) -> None:
-        if not self.dead:
-            self.throw()
-
-
-def _gate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    current = getcurrent()
-    if isinstance(current, Forward):
-        current.gate = module
-        current.parent.switch(args[0])
 
 
 @dataclass(frozen=True)
@@ -85,6 +62,8 @@ def resident_micro_batches(
 
 def _free_memory() -> int:
     """What this process may still take: of the machine, or of the container that it runs in."""
+    import psutil  # here, so that a GPU machine can do without
+
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     free = psutil.virtual_memory().available
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
@@ -132,7 +111,7 @@ def prune_blocks(
         resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
     total = sum(len(group.modules) for block in groups for group in block)
     done = 0
-    for i, block in enumerate(model_blocks):
+    for i, block in enumerate(blocks.brought(model_blocks, device)):
         walk = _BlockWalk(
             block=block,
             name=f"{name}.{i}",
@@ -144,7 +123,6 @@ def prune_blocks(
             resident=min(resident, len(batches)),
             settings=settings,
         )
-        blocks.load(block, device)
         reports: list[LayerReport] = []
         try:
             for report in walk.solve_groups(cancelled):
@@ -157,6 +135,15 @@ def prune_blocks(
             walk.drop()
             blocks.store(block, home)
         yield tuple(reports)
+
+
+@dataclass
+class _Arrived:
+    """What has arrived at one input: its Hessians, and after each micro-batch a flag on the device, whether they were
+    finite. Nobody waits for the flags unless they are wanted."""
+
+    hessians: list[Hessian]
+    finite: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -175,19 +162,38 @@ class _BlockWalk:
     waiting: list[Forward] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.gates = [group.modules[0].register_forward_pre_hook(_gate) for group in self.groups]
+        self.gates = [wait_before(group.modules[0]) for group in self.groups]
 
     def solve_groups(self, cancelled: Callable[[], bool] | None) -> Iterator[LayerReport]:
-        dense: list[list[Hessian]] = []
+        dense = self._dense_block() if self.settings.sequential == "block" else []
         for position, group in enumerate(self.groups):
             if cancelled is not None and cancelled():
                 raise Cancelled(f"Stopped before {self.name}.{group.names[0]}, as asked.")
-            if self.settings.sequential == "block":
-                dense = dense or self._hessians_of_dense_block()
-                hessians = dense[position]
-            else:
-                hessians = self._hessians_at(position)
-            yield from self._solve(group, hessians)
+            yield from self._solve_group(position, dense[position] if dense else None)
+
+    def _solve_group(self, position: int, arrived: _Arrived | None) -> Iterator[LayerReport]:
+        arrived = arrived or self._arrive_at(position)
+        group, started = self.groups[position], time.perf_counter()
+        try:
+            solutions = self._solve(group, arrived.hessians)
+        except NotFinite as error:
+            raise ValueError(self._not_finite(position, arrived)) from error
+        seconds = time.perf_counter() - started
+        for name, module, solution in zip(group.names, group.modules, solutions, strict=True):
+            blocks.weight_of(module).copy_(solution.weight)
+            yield LayerReport(
+                module=f"{self.name}.{name}",
+                shape=(solution.weight.shape[0], solution.weight.shape[1]),
+                zeros_asked=solution.zeros_asked,
+                zeros_found=solution.zeros_found,
+                why=solution.why,
+                relative_error=solution.relative_error,
+                damping=solution.damping,
+                rescue=solution.rescue,
+                tokens=sum(hessian.tokens for hessian in arrived.hessians),
+                seconds=seconds * len(solution.weight) / group.rows,
+                kernel=arrived.hessians[0].kernels.name,
+            )
 
     def propagate(self) -> None:
         """Replaces the hidden states by the pruned block's output, micro-batch by micro-batch."""
@@ -225,71 +231,66 @@ class _BlockWalk:
             )
         return x
 
-    def _hessians_at(self, position: int) -> list[Hessian]:
-        """Of one input, behind the pruned modules before it; a resident micro-batch goes on from the gate before."""
+    def _arrive_at(self, position: int) -> _Arrived:
+        """At one input, behind the pruned modules before it; a resident micro-batch goes on from the gate before."""
         if position == 0:
             self.waiting = [self._start(i) for i in range(self.resident)]
-        hessians = self._empty(position)
+        arrived = self._empty(position)
         for i in range(len(self.hidden)):
             if i < len(self.waiting):
-                self._add(hessians, position, i, self._next(self.waiting[i], position))
-                continue
-            with self._replay(i) as forward:
-                for gate in range(position):
-                    self._next(forward, gate)
-                self._add(hessians, position, i, self._next(forward, position))
-        return hessians
+                self._add(arrived, i, self._next(self.waiting[i], position))
+            else:
+                with self._replay_to(position, i) as x:
+                    self._add(arrived, i, x)
+        return arrived
 
-    def _hessians_of_dense_block(self) -> list[list[Hessian]]:
-        hessians = [self._empty(position) for position in range(len(self.groups))]
+    def _dense_block(self) -> list[_Arrived]:
+        arrived = [self._empty(position) for position in range(len(self.groups))]
         for i in range(len(self.hidden)):
             with self._replay(i) as forward:
-                for position, of_input in enumerate(hessians):
-                    self._add(of_input, position, i, self._next(forward, position))
-        return hessians
+                for position, at_input in enumerate(arrived):
+                    self._add(at_input, i, self._next(forward, position))
+        return arrived
 
-    def _empty(self, position: int) -> list[Hessian]:
-        return self.balance.empty(self.groups[position].columns, self.hidden[0].device)
+    @contextmanager
+    def _replay_to(self, position: int, i: int) -> Iterator[Tensor]:
+        with self._replay(i) as forward:
+            for gate in range(position):
+                self._next(forward, gate)
+            yield self._next(forward, position)
 
-    def _add(self, hessians: Sequence[Hessian], position: int, i: int, x: Tensor) -> None:
-        if not self.balance.add(hessians, i, x):
+    def _empty(self, position: int) -> _Arrived:
+        return _Arrived(self.balance.empty(self.groups[position].columns, self.hidden[0].device))
+
+    def _add(self, arrived: _Arrived, i: int, x: Tensor) -> None:
+        arrived.finite.append(self.balance.add(arrived.hessians, i, x))
+
+    def _not_finite(self, position: int, arrived: _Arrived) -> str:
+        """Names the module, and the first sample after which its Hessian was not finite."""
+        i = int((~torch.stack(arrived.finite)).nonzero()[0])
+        with self._replay_to(position, i) as x:
             largest = x.reshape(len(self.hidden[i]), -1).abs().amax(dim=1)  # NaN where a sample holds one
-            bad = (~largest.isfinite()).nonzero().flatten()
-            sample = i * self.step + int(bad[0] if len(bad) else largest.argmax())
-            raise ValueError(
-                f"{self.name}.{self.groups[position].names[0]} receives NaN, infinity or values whose squares overflow "
-                f"from calibration sample {sample}. The model overflows on it in this dtype; try dtype='bfloat16' or "
-                "'float32', or leave the sample out."
-            )
+        bad = (~largest.isfinite()).nonzero().flatten()
+        sample = i * self.step + int(bad[0] if len(bad) else largest.argmax())
+        return (
+            f"{self.name}.{self.groups[position].names[0]} receives NaN, infinity or values whose squares overflow "
+            f"from calibration sample {sample}. The model overflows on it in this dtype; try dtype='bfloat16' or "
+            "'float32', or leave the sample out."
+        )
 
-    def _solve(self, group: InputGroup, hessians: Sequence[Hessian]) -> Iterator[LayerReport]:
+    def _solve(self, group: InputGroup, hessians: Sequence[Hessian]) -> list[Solution]:
+        pattern, method, damping = self.settings.pattern, self.settings.method, self.settings.damping
+        weights = [blocks.weight_of(module) for module in group.modules]
+        names = [f"{self.name}.{name}" for name in group.names]
         hessian = self.balance.combine(hessians)
-        for name, module in zip(group.names, group.modules, strict=True):
-            started = time.perf_counter()
-            weight = blocks.weight_of(module)
-            pattern, method, damping = self.settings.pattern, self.settings.method, self.settings.damping
-            try:
-                solution = solve(weight, hessian, pattern, method=method, damping=damping)
-                if self.balance.normalise == "minimax":
-                    solution = improve_worst(
-                        weight, solution, hessians, self.balance.weights, pattern, method=method, damping=damping
-                    )
-            except ValueError as error:
-                raise ValueError(f"{self.name}.{name}: {error}") from error
-            weight.copy_(solution.weight)
-            yield LayerReport(
-                module=f"{self.name}.{name}",
-                shape=(weight.shape[0], weight.shape[1]),
-                zeros_asked=solution.zeros_asked,
-                zeros_found=solution.zeros_found,
-                why=solution.why,
-                relative_error=solution.relative_error,
-                damping=solution.damping,
-                rescue=solution.rescue,
-                tokens=hessian.tokens,
-                seconds=time.perf_counter() - started,
-                kernel="torch",
-            )
+        solutions = solve_together(weights, hessian, pattern, method=method, damping=damping, names=names)
+        if self.balance.normalise != "minimax":
+            return solutions
+        shares = self.balance.weights
+        return [
+            improve_worst(W, first, hessians, shares, pattern, method=method, damping=damping)
+            for W, first in zip(weights, solutions, strict=True)
+        ]
 
 
 def recount(model: PreTrainedModel, layers: Sequence[LayerReport]) -> tuple[LayerReport, ...]:

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The solver: a weight matrix and a Hessian in, a sparse weight matrix out; Wanda and magnitude beside it."""
+"""The solver: weight matrices and the Hessian of their input in, sparse matrices out; Wanda and magnitude beside it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..records import SparsityPattern
-from .hessian import Hessian
-from .kernels import reference
+from .hessian import Hessian, NotFactored
+from .kernels import Kernels, reference
+from .kernels.precision import full_precision
+from .triangular import quadratic_form, spans
 
 
 BLOCK = 128
+ROWS = {
+    "cpu": 1024,
+    "cuda": 8192,
+}  # whose errors are computed at once: a CPU pays for fresh memory, a GPU for small products
 
 
 @dataclass(frozen=True)
@@ -33,97 +41,119 @@ class Solution:
     rescue: str
 
 
-@torch.no_grad()
 def solve(
     W: Tensor, H: Hessian, pattern: SparsityPattern, *, method: str = "sparsegpt", damping: float = 0.01
 ) -> Solution:
-    """Prunes one weight matrix `[rows, columns]` to `pattern`; its arguments are left as they were.
+    """Prunes one weight matrix `[rows, columns]` to `pattern`; see `solve_together`."""
+    return solve_together([W], H, pattern, method=method, damping=damping)[0]
 
-    Raises `ValueError` for weights that are not finite, before or after; for columns that m does not divide; and for a
-    Hessian that is empty, not finite, or cannot be factored.
+
+@torch.no_grad()
+def solve_together(
+    weights: Sequence[Tensor],
+    H: Hessian,
+    pattern: SparsityPattern,
+    *,
+    method: str = "sparsegpt",
+    damping: float = 0.01,
+    names: Sequence[str] | None = None,
+) -> list[Solution]:
+    """Prunes the weight matrices `[rows, columns]` that read the same input, each to `pattern`; what was given is left
+    as it was. The host waits for the device twice: for the factor, and for the numbers of the solutions.
+
+    Raises `ValueError`, with the names of the matrices where they are given, for weights that are not finite, before or
+    after; for columns that m does not divide; and for a Hessian that is empty, not finite (`NotFinite`), or cannot be
+    factored.
     """
-    if not bool(W.isfinite().all()):
-        raise ValueError("The weight holds NaN or infinity.")
-    if pattern.m is not None and W.shape[1] % pattern.m:
-        raise ValueError(f"{W.shape[1]} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
-    matrix = H.matrix
-    updated, mask, dead, used, rescue = METHODS[method](W, H, pattern, damping)
-    weight = updated.masked_fill(mask, 0.0).to(W.dtype)
-    weight = torch.where(weight == 0, torch.zeros_like(weight), weight).contiguous()  # no minus zero
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"An updated weight does not fit into {W.dtype}; load the model in a dtype of wider range.")
-    found = int((weight == 0).sum())
-    return Solution(
-        weight=weight,
-        mask=mask,
-        zeros_asked=int(mask.sum()),
-        zeros_found=found,
-        why=_why(weight, mask, dead),
-        relative_error=relative_error(W, weight, matrix),
-        damping=used,
-        rescue=rescue,
-    )
+    columns, together = weights[0].shape[1], f"{', '.join(names)}: " if names else ""
+    if pattern.m is not None and columns % pattern.m:
+        raise ValueError(f"{together}{columns} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
+    with full_precision():
+        try:
+            answer = METHODS[method](weights, H, pattern, damping)
+        except NotFactored as error:
+            raise ValueError(f"{together}{error}") from error
+        stored = [new.to(W.dtype).add_(0.0) for new, W in zip(answer.weights, weights, strict=True)]  # no minus zero
+        numbers = [
+            _numbers(W, weight, mask, answer.dead, H)
+            for W, weight, mask in zip(weights, stored, answer.masks, strict=True)
+        ]
+        found = torch.stack(numbers).tolist()
+    parts = zip(names or [""] * len(stored), stored, answer.masks, found, strict=True)
+    return [_solution(name, weight, mask, of_one, answer) for name, weight, mask, of_one in parts]
 
 
-def _why(weight: Tensor, mask: Tensor, dead: Tensor) -> str:
-    """Where zeros come from that nobody asked for."""
-    extra = (weight == 0) & ~mask
-    in_dead = int(extra[:, dead].sum())
-    other = int(extra.sum()) - in_dead
-    parts = [f"{in_dead} in dead inputs"] if in_dead else []
-    return ", ".join(parts + ([f"{other} were zero or rounded to zero"] if other else []))
+# ---------------------------------------------------------------------------------------------- methods
 
 
-def relative_error(W: Tensor, weight: Tensor, H: Tensor) -> float:
-    """tr(D H D^T) / tr(W H W^T) with D = `weight` - `W`, both `[rows, columns]`; 0 where W H W^T is zero."""
-    scale, energy = W.abs().max().to(H.dtype), H.diagonal().max()  # taken out first: tiny weights would underflow
-    W = W.to(H.dtype) / scale
-    D = weight.to(H.dtype) / scale - W
-    change = ((D @ H) / energy * D).sum(dtype=torch.float64)
-    total = ((W @ H) / energy * W).sum(dtype=torch.float64)
-    return float(change / total) if float(total) > 0 else 0.0
+@dataclass(frozen=True)
+class _Answer:
+    weights: Sequence[Tensor]  # [rows, columns] of each matrix; what was removed is zero
+    masks: Sequence[Tensor]
+    dead: Tensor
+    damping: float = 0.0
+    rescue: str = ""
 
 
-_Answer = tuple[Tensor, Tensor, Tensor, float, str]  # weights, mask, dead inputs, damping used, rescue
-
-
-def _sparsegpt(W: Tensor, H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
-    """SparseGPT (Frantar and Alistarh 2023): blocks of columns; within each window the weights with the smallest
-    w^2 / U_jj^2 go, and their errors are moved into the columns to the right.
+def _sparsegpt(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+    """SparseGPT (Frantar and Alistarh 2023): windows of columns; within each, the weights of every matrix with the
+    smallest w^2 / U_jj^2 go, and their errors are moved into the columns to the right.
 
     The order is that of |w| / U_jj, which is what is compared: squares of small weights would underflow into ties.
     """
     factor = H.factor(damping)
-    U = factor.U
-    W = W.to(U.dtype).masked_fill(factor.dead, 0.0)
-    mask = torch.zeros_like(W, dtype=torch.bool)
-    columns = W.shape[1]
-    width = BLOCK if pattern.m is None else BLOCK - BLOCK % pattern.m
-    for start in range(0, columns, width):
-        block = slice(start, min(start + width, columns))
-        window, corner = W[:, block], U[block, block]
-        if pattern.m is None:
-            scores = (window / corner.diagonal()).abs()
-            chosen = reference.smallest(scores, round(pattern.fraction * window.numel()))
-            W[:, block], errors, mask[:, block] = reference.sweep(window, corner, chosen)
-        else:
-            W[:, block], errors, mask[:, block] = reference.sweep(window, corner, None, pattern.n or 0, pattern.m)
-        W[:, block.stop :].addmm_(errors, U[block, block.stop :], alpha=-1)
-    return W, mask, factor.dead, factor.damping, factor.rescue
+    U, rows = factor.U, [len(W) for W in weights]
+    W = torch.cat([weight.t().contiguous() for weight in weights], dim=1).to(U.dtype)  # [columns, rows]
+    W.masked_fill_(factor.dead[:, None], 0.0)
+    mask = torch.empty_like(W, dtype=torch.bool)
+    errors = W.new_empty(min(BLOCK, len(W)), W.shape[1])
+    for window in spans(len(W), BLOCK - BLOCK % (pattern.m or 1)):
+        _remove(
+            H.kernels, W[window], errors[: window.stop - window.start], mask[window], U[window, window], pattern, rows
+        )
+        W[window.stop :].addmm_(U[window, window.stop :].t(), errors[: window.stop - window.start], alpha=-1)
+    return _Answer(
+        [part.t() for part in W.split(rows, dim=1)],
+        [part.t() for part in mask.split(rows, dim=1)],
+        factor.dead,
+        factor.damping,
+        factor.rescue,
+    )
 
 
-def _wanda(W: Tensor, H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
-    """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
-    diagonal = H.matrix.diagonal()
-    return W, _by_score(W.abs() * diagonal.sqrt(), pattern), diagonal == 0, 0.0, ""
-
-
-def _magnitude(W: Tensor, H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
-    """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
-    nothing = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
+def _remove(
+    kernels: Kernels,
+    W: Tensor,
+    errors: Tensor,
+    mask: Tensor,
+    U: Tensor,
+    pattern: SparsityPattern,
+    rows: Sequence[int],
+) -> None:
+    """One window, `[width, rows]`: chooses, removes, and moves the errors inside it."""
     if pattern.m is not None:
-        return W, _by_score(W.abs(), pattern), nothing, 0.0, ""
-    return W, reference.smallest(W.abs(), round(pattern.fraction * W.numel())), nothing, 0.0, ""
+        kernels.sweep_(W.t(), errors.t(), mask.t(), U, pattern.n or 0, pattern.m)
+        return
+    counts = [round(pattern.fraction * several * len(W)) for several in rows]
+    kernels.select_(mask.t(), W.t(), U.diagonal(), rows, counts)
+    kernels.sweep_(W.t(), errors.t(), mask.t(), U)
+
+
+def _wanda(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+    """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
+    diagonal = H.diagonal
+    masks = [_by_score(W.abs() * diagonal.sqrt(), pattern) for W in weights]
+    return _Answer(_masked(weights, masks), masks, diagonal == 0)
+
+
+def _magnitude(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+    """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
+    nothing = torch.zeros_like(H.diagonal, dtype=torch.bool)
+    if pattern.m is not None:
+        masks = [_by_score(W.abs(), pattern) for W in weights]
+    else:
+        masks = [reference.smallest(W.abs(), round(pattern.fraction * W.numel())) for W in weights]
+    return _Answer(_masked(weights, masks), masks, nothing)
 
 
 def _by_score(scores: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -133,4 +163,62 @@ def _by_score(scores: Tensor, pattern: SparsityPattern) -> Tensor:
     return reference.smallest_in_groups(scores, round(pattern.fraction * columns), columns)
 
 
+def _masked(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    return [W.masked_fill(mask, 0.0) for W, mask in zip(weights, masks, strict=True)]
+
+
 METHODS = {"sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude}
+
+
+# -------------------------------------------------------------------------------------------- solutions
+
+
+def _numbers(W: Tensor, weight: Tensor, mask: Tensor, dead: Tensor, H: Hessian) -> Tensor:
+    """What the host wants to know of one matrix, in the order in which `_solution` reads it, in float64 on the device."""
+    zero = weight == 0
+    extra = zero & ~mask
+    counts = [count.count_nonzero() for count in (mask, zero, extra, extra & dead)]
+    largest = (W.abs().max(), weight.abs().max())  # NaN where there is one
+    return torch.stack([number.double() for number in (*largest, *counts, *_energies(W, weight, H))])
+
+
+def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float], answer: _Answer) -> Solution:
+    dense_largest, largest, asked, found, extra, in_dead, change, energy = numbers
+    if not math.isfinite(dense_largest):
+        raise ValueError(f"{name or 'The weight'} holds NaN or infinity.")
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"An updated weight of {name or 'the matrix'} does not fit into {weight.dtype}; load the model in a dtype of "
+            "wider range."
+        )
+    why = [f"{in_dead:.0f} in dead inputs"] if in_dead else []
+    why += [f"{extra - in_dead:.0f} were zero or rounded to zero"] if extra > in_dead else []
+    return Solution(
+        weight=weight.contiguous(),
+        mask=mask,
+        zeros_asked=int(asked),
+        zeros_found=int(found),
+        why=", ".join(why),
+        relative_error=change / energy if energy > 0 else 0.0,
+        damping=answer.damping,
+        rescue=answer.rescue,
+    )
+
+
+def relative_error(W: Tensor, weight: Tensor, H: Hessian) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = `weight` - `W`, both `[rows, columns]`; 0 where W H W^T is zero."""
+    with full_precision():
+        change, energy = torch.stack(_energies(W, weight, H)).tolist()
+    return change / energy if energy > 0 else 0.0
+
+
+def _energies(W: Tensor, weight: Tensor, H: Hessian) -> tuple[Tensor, Tensor]:
+    """tr(D H D^T) and tr(W H W^T), both in units in which neither the weights nor H are tiny or huge."""
+    scale = W.abs().max().to(H.sum.dtype) * H.sum.diagonal().max().sqrt()
+    change, energy = H.sum.new_zeros(2, dtype=torch.float64)
+    for span in spans(len(W), ROWS.get(W.device.type, 1024)):
+        dense = W[span].t().contiguous().to(H.sum.dtype)  # [columns, rows]
+        difference = weight[span].t().to(H.sum.dtype) - dense
+        change += quadratic_form(difference.div_(scale), H.sum).sum()
+        energy += quadratic_form(dense / scale, H.sum).sum()
+    return change, energy

@@ -135,6 +135,25 @@ def test_texts_and_token_ids_are_documents_already(tokenizer: PreTrainedTokenize
     assert document(source("arc"), {"input_ids": [3], "labels": [4]}, tokenizer) == [3]
 
 
+def test_padding_of_token_ids_is_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    masked = {"input_ids": [9, 9, 3, 4, 9], "attention_mask": [0, 0, 1, 1, 0]}
+    assert document(source("arc"), masked, tokenizer) == [3, 4]
+    assert document(source("arc"), {"input_ids": [3, 4], "attention_mask": None}, tokenizer) == [3, 4]
+    with pytest.raises(ValueError, match="2 input_ids but 3 in attention_mask"):
+        document(source("arc"), {"input_ids": [3, 4], "attention_mask": [1, 1, 0]}, tokenizer)
+
+
+def test_a_token_that_only_pads_is_left_out_at_either_end() -> None:
+    padding = AutoTokenizer.from_pretrained(pocket.MODEL)
+    padding.pad_token = padding.eos_token
+    end, pad = padding.eos_token_id, 7
+    assert document(source("arc"), [end, 3, end], padding) == [end, 3, end]  # it also ends documents
+    padding.pad_token = padding.convert_ids_to_tokens(pad)
+    for row in ([pad, pad, 3, pad, 4, pad], {"input_ids": [3, pad, 4]}):
+        assert document(source("arc"), row, padding) == [3, pad, 4]
+    assert document(source("arc"), [pad, pad], padding) == []
+
+
 @pytest.mark.parametrize(("text", "row"), [("{text}", {"text": None}), ("chat:messages", {"messages": None})])
 def test_a_null_is_an_empty_document(text: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     assert document(source(text), row, tokenizer) == ""

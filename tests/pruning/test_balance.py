@@ -120,7 +120,7 @@ def two_groups(rows: int = 24, columns: int = 48) -> tuple[Tensor, list[Hessian]
 
 
 def worst(W: Tensor, solution: Solution, hessians: Sequence[Hessian]) -> float:
-    return max(relative_error(W, solution.weight, hessian.matrix) for hessian in hessians)
+    return max(relative_error(W, solution.weight, hessian) for hessian in hessians)
 
 
 def test_the_worst_group_comes_near_the_best_of_a_grid_of_weights() -> None:

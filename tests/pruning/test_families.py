@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,14 +171,14 @@ def walked(name: str) -> Walked:
     dense = {key: value.clone() for key, value in model.state_dict().items()}
     names = {weight(module).data_ptr(): name for name, module in linears(model).items()}
     hessians: dict[str, Tensor] = {}
-    solve = schedule.solve
+    solve = schedule.solve_together
 
-    def recording(W: Tensor, H: Hessian, *args: object, **kwargs: object) -> object:
-        hessians[names[W.data_ptr()]] = H.matrix
-        return solve(W, H, *args, **kwargs)
+    def recording(weights: Sequence[Tensor], H: Hessian, *args: object, **kwargs: object) -> object:
+        hessians.update({names[W.data_ptr()]: H.matrix for W in weights})
+        return solve(weights, H, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "solve", recording)
+        patch.setattr(schedule, "solve_together", recording)
         settings = Settings(pattern, micro_batch=MICRO_BATCH, resident=1)
         reports = [report for part in prune_blocks(model, calibration(), settings) for report in part]
     return Walked(model, dense, reports, hessians)

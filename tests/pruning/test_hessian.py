@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_calibprune.pruning.hessian import Factor, Hessian, inverse_factor
+from optimum_calibprune.pruning.hessian import Factor, Hessian, inverse_factor_
 
 
 def inputs(tokens: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,9 +27,14 @@ def hessian_of(*parts: Tensor, dtype: torch.dtype = torch.float32) -> Hessian:
 def with_matrix(matrix: Tensor) -> Hessian:
     """A Hessian that holds any matrix, also one that no inputs could have given (but rounding could)."""
     H = Hessian(len(matrix), dtype=matrix.dtype)
-    H._sum.copy_(matrix)
+    H.sum.copy_(matrix)
     H.tokens = 2.0
     return H
+
+
+def inverse_factor(H: Tensor) -> Tensor | None:
+    U = H.clone()
+    return U if bool(inverse_factor_(U)) else None
 
 
 def outer(X: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 
 from optimum_calibprune import pocket
 from optimum_calibprune.pruning import blocks, schedule
+from optimum_calibprune.pruning.forward import ThreadForward
 from optimum_calibprune.pruning.hessian import Hessian
 from optimum_calibprune.pruning.schedule import Cancelled, Settings, prune_blocks
-from optimum_calibprune.pruning.sparsegpt import Solution, solve
+from optimum_calibprune.pruning.sparsegpt import Solution, solve_together
 from optimum_calibprune.records import CalibrationRow, CalibrationSet, LayerReport, SparsityPattern
 
 
@@ -96,6 +99,12 @@ def hessians_of(model: PreTrainedModel, names: list[str], chosen: CalibrationSet
     return seen
 
 
+def solve_in_place(modules: Sequence[nn.Module], hessian: Hessian) -> None:
+    weights = [module.weight.data for module in modules]
+    for weight, solution in zip(weights, solve_together(weights, hessian, HALF), strict=True):
+        weight.copy_(solution.weight)
+
+
 @torch.no_grad()
 def plain_twin(model: PreTrainedModel, chosen: CalibrationSet, step: int, sequential: str) -> None:
     """True-sequential pruning without any cleverness: as many forwards of the whole model as there are groups."""
@@ -103,9 +112,11 @@ def plain_twin(model: PreTrainedModel, chosen: CalibrationSet, step: int, sequen
     for i in range(len(model.model.layers)):
         for group in groups:
             names = [f"model.layers.{i}.{name}" for name in group]
-            for name, hessian in hessians_of(model, names, chosen, step).items():
-                weight = model.get_submodule(name).weight
-                weight.copy_(solve(weight, hessian, HALF).weight)
+            hessians = hessians_of(model, names, chosen, step)
+            for several in LLAMA_GROUPS:
+                together = [name for name in names if name.partition(f"layers.{i}.")[2] in several]
+                if together:
+                    solve_in_place([model.get_submodule(name) for name in together], hessians[together[0]])
 
 
 # --------------------------------------------------------------------------------------- the same bytes
@@ -134,6 +145,65 @@ def test_block_mode_equals_its_plain_twin(make: Callable[[torch.dtype], PreTrain
     plain_twin(twin, calibration(), SETTINGS.micro_batch, "block")
     prune(model, replace(SETTINGS, sequential="block"))
     assert as_bytes(model) == as_bytes(twin)
+
+
+@pytest.mark.parametrize("resident", [None, 1, 0])
+@pytest.mark.parametrize("sequential", ["module", "block"])
+def test_threads_in_place_of_greenlets_give_the_same_bytes(
+    sequential: str, resident: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, model = tiny(), tiny()
+    prune(expected, replace(SETTINGS, sequential=sequential))
+    monkeypatch.setattr(schedule, "Forward", ThreadForward)
+    prune(model, replace(SETTINGS, sequential=sequential, resident=resident))
+    assert as_bytes(model) == as_bytes(expected)
+    assert threads_of_forwards() == []
+
+
+def test_an_error_in_a_thread_reaches_the_caller_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "Forward", ThreadForward)
+    model = tiny()
+    groups = blocks.find_groups(model)
+    handle = model.model.layers[0].mlp.down_proj.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, groups=groups)
+    handle.remove()
+    assert hooks(model) == 0
+    assert threads_of_forwards() == []
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def threads_of_forwards() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, ThreadForward)]
+
+
+def test_blocks_that_are_moved_one_by_one_give_the_same_bytes() -> None:
+    """`cpu:0` is another name of the same place, so that all is done that a GPU would ask for."""
+    expected, model = tiny(), tiny()
+    prune(expected)
+    prune(model, device=torch.device("cpu:0"))
+    assert as_bytes(model) == as_bytes(expected)
+
+
+def test_the_next_block_is_on_its_way_while_one_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, copied, copies = tiny().model.layers, [], blocks._copies
+    arrived = threading.Event()
+
+    def watched(block: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        copied.append(list(layers).index(block))
+        if len(copied) == 2:
+            arrived.set()
+        return copies(block, device)
+
+    monkeypatch.setattr(blocks, "_copies", watched)
+    brought = blocks.brought(layers, torch.device("cpu:0"))
+    assert next(brought) is layers[0]
+    assert arrived.wait(10)
+    assert copied == [0, 1]
+    assert list(brought) == [layers[1]]
 
 
 def test_the_two_schemes_differ() -> None:
@@ -191,15 +261,15 @@ def test_a_weight_of_two_counts_as_the_sample_given_twice(monkeypatch: pytest.Mo
     duplicated = CalibrationSet(chosen.input_ids[twice], rows)
     seen: list[Hessian] = []
 
-    def recording(W: Tensor, H: Hessian, *_: Any, **__: Any) -> Solution:
+    def recording(weights: Sequence[Tensor], H: Hessian, *_: Any, **__: Any) -> list[Solution]:
         seen.append(H)
-        return Solution(W.clone(), W.isnan(), 0, 0, "", 0.0, 0.01, "")
+        return [Solution(W.clone(), W.isnan(), 0, 0, "", 0.0, 0.01, "") for W in weights]
 
-    monkeypatch.setattr(schedule, "solve", recording)
+    monkeypatch.setattr(schedule, "solve_together", recording)
     prune(tiny(), calibration=chosen)
     weighted, seen[:] = list(seen), []
     prune(tiny(), calibration=duplicated)
-    assert len(weighted) == len(seen) == 2 * MODULES_IN_A_BLOCK
+    assert len(weighted) == len(seen) == 2 * len(LLAMA_GROUPS)
     for one, other in zip(weighted, seen, strict=True):
         assert one.tokens == other.tokens == 7 * 16
         assert float((one.matrix - other.matrix).norm() / other.matrix.norm()) < 1e-6
@@ -243,9 +313,11 @@ def balanced_twin(model: PreTrainedModel, chosen: CalibrationSet, weights: Seque
                 model(input_ids=torch.from_numpy(chosen.input_ids[start : start + 2].copy()), use_cache=False)
             for handle in handles:
                 handle.remove()
-            for name, module in modules.items():
-                H = Hessian.balanced(seen[name], weights)
-                module.weight.copy_(solve(module.weight, H, HALF).weight)
+            for group in LLAMA_GROUPS:
+                together = [name for name in part if name in group]
+                if together:
+                    H = Hessian.balanced(seen[together[0]], weights)
+                    solve_in_place([modules[name] for name in together], H)
 
 
 @pytest.mark.parametrize("make", [tiny, short_pocket])
@@ -429,9 +501,6 @@ def test_an_interrupt_inside_a_block_arrives_at_the_caller(resident: int | None)
     model = tiny()
     groups, down = blocks.find_groups(model), model.model.layers[1].mlp.down_proj
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     generator = prune_blocks(model, calibration(), replace(SETTINGS, resident=resident), groups=groups)
     next(generator)
     handle = down.register_forward_hook(interrupt)
@@ -456,12 +525,9 @@ def test_a_caller_that_takes_one_block_only_leaves_the_others_as_they_were() -> 
 
 
 def test_a_solver_error_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> Solution:
-        raise ValueError("The Hessian could not be factored.")
-
-    monkeypatch.setattr(schedule, "solve", fail)
+    monkeypatch.setattr("optimum_calibprune.pruning.hessian.inverse_factor_", lambda H: torch.tensor(False))
     model = tiny()
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: The Hessian could not"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj, .*v_proj: The Hessian could not"):
         prune(model)
     assert hooks(model) == 0
     assert alive() == []
@@ -483,7 +549,7 @@ def test_half_of_the_free_memory_may_be_resident(fits: int, asked: float, monkey
     inputs = 32 + 32 + 32 + 160
     outputs = (32 + 16 + 16) + 32 + (160 + 160) + 32
     one = (inputs + outputs) * 10 * 4
-    monkeypatch.setattr(schedule.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(2 * one * asked)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(2 * one * asked)))
     groups = blocks.find_groups(model)
     assert schedule.resident_micro_batches(model, groups, 10, torch.device("cpu")) == fits
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_calibprune import pocket
 from optimum_calibprune.pruning.hessian import Hessian
-from optimum_calibprune.pruning.sparsegpt import METHODS, Solution, solve
+from optimum_calibprune.pruning.sparsegpt import METHODS, Solution, solve, solve_together
 from optimum_calibprune.records import SparsityPattern
 
 
@@ -179,6 +179,61 @@ def test_fp32_agrees_with_float64_on_every_real_layer(real_layers: Layers, asked
         assert (single.mask == double.mask).double().mean() >= 0.999, name
         assert any(single.relative_error == pytest.approx(e, rel=5e-3) for e in answers_of_float64(W, X, asked)), name
         assert single.relative_error == pytest.approx(output_error(W, single.weight, X), rel=1e-4), name
+
+
+def ill_conditioned(kind: str) -> tuple[Tensor, Tensor]:
+    """Weights `[192, 256]` and inputs: of condition 1e8, with dead columns, or of fewer tokens than columns; float64 that
+    fp32 holds exactly."""
+    W, X = random_layer(192, 256, seed=7)
+    if kind == "condition 1e8":  # of X^T X
+        left, _, right = torch.linalg.svd(X, full_matrices=False)
+        X = left @ torch.diag(torch.logspace(2, -2, 256, dtype=torch.float64)) @ right
+    elif kind == "dead inputs":
+        X[:, ::5] = 0
+    else:
+        X = X[:100]
+    return W.float().double(), X.float().double()
+
+
+@pytest.mark.parametrize("asked", ["60%", "2:4"])
+@pytest.mark.parametrize("kind", ["condition 1e8", "dead inputs", "rank-deficient"])
+def test_fp32_agrees_with_float64_on_ill_conditioned_layers(kind: str, asked: str) -> None:
+    W, X = ill_conditioned(kind)
+    single = solve(W.float(), hessian_of(X.float(), torch.float32), pattern(asked))
+    double = solve(W, hessian_of(X), pattern(asked))
+    assert (single.rescue, double.rescue) == ("", "")
+    assert (single.mask == double.mask).double().mean() >= 0.999
+    assert single.relative_error == pytest.approx(double.relative_error, rel=5e-3)
+    assert single.relative_error == pytest.approx(output_error(W, single.weight, X), rel=5e-3)
+
+
+# --------------------------------------------------------------------------------- matrices of one input
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("asked", ["37.3%", "2:4"])
+def test_matrices_solved_together_are_those_solved_alone(method: str, asked: str) -> None:
+    """Each keeps its own count of zeros, its own error, and its own dtype."""
+    W, X = random_layer(60, 260)
+    H = hessian_of(X)
+    parts = [W[:1], W[1:4], W[4:].float()]
+    for one, together in zip(parts, solve_together(parts, H, pattern(asked), method=method), strict=True):
+        alone = solve(one, H, pattern(asked), method=method)
+        assert torch.equal(together.mask, alone.mask)
+        assert together.weight.dtype == one.dtype
+        torch.testing.assert_close(together.weight, alone.weight, rtol=1e-6, atol=1e-9)
+        assert (together.zeros_asked, together.why) == (alone.zeros_asked, alone.why)
+        assert together.relative_error == pytest.approx(alone.relative_error, rel=1e-6)
+
+
+def test_the_matrix_that_is_at_fault_is_named() -> None:
+    W, X = random_layer(4, 40)
+    broken = W.clone()
+    broken[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"^up holds NaN"):
+        solve_together([W, broken], hessian_of(X), pattern("50%"), names=("gate", "up"))
+    with pytest.raises(ValueError, match=r"^gate, up: 40 columns"):
+        solve_together([W, W], hessian_of(X), pattern("1:3"), names=("gate", "up"))
 
 
 # ------------------------------------------------------------------------------ better than the others
