@@ -16,13 +16,14 @@ from .triangular import factor_, invert_
 
 @dataclass(frozen=True)
 class Factor:
-    """`U` `[columns, columns]`, upper triangular with H^-1 = U^T U for the damped H; `dead` marks inputs that never fire.
+    """`U` `[columns, columns]`, upper triangular with H^-1 = U^T U for the damped H; `dead` marks inputs that never fire
+    (None: there is none).
 
     `rescue` is empty, or says what it took to factor (float64, more damping); `damping` is the share that was used.
     """
 
     U: Tensor
-    dead: Tensor
+    dead: Tensor | None
     damping: float
     rescue: str
 
@@ -95,18 +96,19 @@ class Hessian:
 
     @property
     def diagonal(self) -> Tensor:
-        """The diagonal of H, `[columns]`; `ValueError` where it has seen no tokens, or NaN or infinity."""
-        self._check()
+        """The diagonal of H, `[columns]`; raises what `check` raises."""
+        self.check()
         return self.sum.diagonal() * (2.0 / self.tokens)
 
     @property
     def matrix(self) -> Tensor:
-        """H, undamped, `[columns, columns]`; `ValueError` as for `diagonal`."""
-        self._check()
+        """H, undamped, `[columns, columns]`; raises what `check` raises."""
+        self.check()
         upper = (self.sum * (2.0 / self.tokens)).triu_()
         return upper + upper.triu(1).t()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises `ValueError` where it has seen no tokens, `NotFinite` where NaN or infinity has entered."""
         self._check_tokens()
         if not bool(self.finite):
             raise NotFinite("The Hessian holds NaN or infinity; the calibration inputs of this layer are not finite.")
@@ -135,12 +137,13 @@ class Hessian:
             damped = self.sum.to(dtype, copy=True).mul_(2.0 / self.tokens)
             diagonal = damped.diagonal()
             diagonal.add_(share * diagonal.mean()).masked_fill_(dead, 1.0)
-            if not bool(inverse_factor_(damped)):
-                self._check()  # a NaN fails here, too
+            factored, some_dead = torch.stack([inverse_factor_(damped), dead.any()]).tolist()
+            if not factored:
+                self.check()  # a NaN fails here, too
                 continue
             used = [] if dtype == own else [str(dtype).removeprefix("torch.")]
             used += [] if share == damping else [f"damping {share:.0%}"]
-            return Factor(damped.to(own), dead, share, ", ".join(used))
+            return Factor(damped.to(own), dead if some_dead else None, share, ", ".join(used))
         raise NotFactored("The Hessian could not be factored, not even in float64 with 100 % damping.")
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,10 +17,6 @@ from .triangular import quadratic_form, spans
 
 
 BLOCK = 128
-ROWS = {
-    "cpu": 1024,
-    "cuda": 8192,
-}  # whose errors are computed at once: a CPU pays for fresh memory, a GPU for small products
 
 
 @dataclass(frozen=True)
@@ -68,18 +63,18 @@ def solve_together(
     columns, together = weights[0].shape[1], f"{', '.join(names)}: " if names else ""
     if pattern.m is not None and columns % pattern.m:
         raise ValueError(f"{together}{columns} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
+    dense = [
+        W.t().contiguous() for W in weights
+    ]  # [columns, rows], as everything below: a column is one run of memory
     with full_precision():
         try:
-            answer = METHODS[method](weights, H, pattern, damping)
+            answer = METHODS[method](dense, H, pattern, damping)
         except NotFactored as error:
             raise ValueError(f"{together}{error}") from error
-        stored = [new.to(W.dtype).add_(0.0) for new, W in zip(answer.weights, weights, strict=True)]  # no minus zero
-        numbers = [
-            _numbers(W, weight, mask, answer.dead, H)
-            for W, weight, mask in zip(weights, stored, answer.masks, strict=True)
-        ]
-        found = torch.stack(numbers).tolist()
-    parts = zip(names or [""] * len(stored), stored, answer.masks, found, strict=True)
+        sparse = [new.to(W.dtype).add_(0.0) for new, W in zip(answer.weights, dense, strict=True)]  # no minus zero
+        several = zip(dense, sparse, answer.masks, strict=True)
+        numbers = torch.stack([_numbers(*of_one, answer.dead, H) for of_one in several]).tolist()
+    parts = zip(names or [""] * len(dense), sparse, answer.masks, numbers, strict=True)
     return [_solution(name, weight, mask, of_one, answer) for name, weight, mask, of_one in parts]
 
 
@@ -88,9 +83,11 @@ def solve_together(
 
 @dataclass(frozen=True)
 class _Answer:
-    weights: Sequence[Tensor]  # [rows, columns] of each matrix; what was removed is zero
+    """New weights and masks `[columns, rows]` of each matrix; which inputs are dead (None: none that matters)."""
+
+    weights: Sequence[Tensor]
     masks: Sequence[Tensor]
-    dead: Tensor
+    dead: Tensor | None = None
     damping: float = 0.0
     rescue: str = ""
 
@@ -102,23 +99,18 @@ def _sparsegpt(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, 
     The order is that of |w| / U_jj, which is what is compared: squares of small weights would underflow into ties.
     """
     factor = H.factor(damping)
-    U, rows = factor.U, [len(W) for W in weights]
-    W = torch.cat([weight.t().contiguous() for weight in weights], dim=1).to(U.dtype)  # [columns, rows]
-    W.masked_fill_(factor.dead[:, None], 0.0)
+    U, rows = factor.U, [weight.shape[1] for weight in weights]
+    W = torch.cat(list(weights), dim=1).to(U.dtype)  # the rows of all of them side by side
+    if factor.dead is not None:
+        W.masked_fill_(factor.dead[:, None], 0.0)
     mask = torch.empty_like(W, dtype=torch.bool)
-    errors = W.new_empty(min(BLOCK, len(W)), W.shape[1])
+    all_errors = W.new_empty(min(BLOCK, len(W)), W.shape[1])
     for window in spans(len(W), BLOCK - BLOCK % (pattern.m or 1)):
-        _remove(
-            H.kernels, W[window], errors[: window.stop - window.start], mask[window], U[window, window], pattern, rows
-        )
-        W[window.stop :].addmm_(U[window, window.stop :].t(), errors[: window.stop - window.start], alpha=-1)
-    return _Answer(
-        [part.t() for part in W.split(rows, dim=1)],
-        [part.t() for part in mask.split(rows, dim=1)],
-        factor.dead,
-        factor.damping,
-        factor.rescue,
-    )
+        errors = all_errors[: window.stop - window.start]
+        _remove(H.kernels, W[window], errors, mask[window], U[window, window], pattern, rows)
+        W[window.stop :].addmm_(U[window, window.stop :].t(), errors, alpha=-1)
+    parts = W.split(rows, dim=1), mask.split(rows, dim=1)
+    return _Answer(*parts, factor.dead, factor.damping, factor.rescue)
 
 
 def _remove(
@@ -141,19 +133,19 @@ def _remove(
 
 def _wanda(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
     """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
-    diagonal = H.diagonal
-    masks = [_by_score(W.abs() * diagonal.sqrt(), pattern) for W in weights]
-    return _Answer(_masked(weights, masks), masks, diagonal == 0)
+    norms = H.diagonal.sqrt()
+    masks = [_by_score(W.t().abs() * norms, pattern).t() for W in weights]
+    return _Answer(_masked(weights, masks), masks, norms == 0)
 
 
 def _magnitude(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
     """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
-    nothing = torch.zeros_like(H.diagonal, dtype=torch.bool)
+    H.check()
     if pattern.m is not None:
-        masks = [_by_score(W.abs(), pattern) for W in weights]
+        masks = [_by_score(W.t().abs(), pattern).t() for W in weights]
     else:
-        masks = [reference.smallest(W.abs(), round(pattern.fraction * W.numel())) for W in weights]
-    return _Answer(_masked(weights, masks), masks, nothing)
+        masks = [reference.smallest(W.t().abs(), round(pattern.fraction * W.numel())).t() for W in weights]
+    return _Answer(_masked(weights, masks), masks)
 
 
 def _by_score(scores: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -173,20 +165,22 @@ METHODS = {"sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude}
 # -------------------------------------------------------------------------------------------- solutions
 
 
-def _numbers(W: Tensor, weight: Tensor, mask: Tensor, dead: Tensor, H: Hessian) -> Tensor:
+def _numbers(W: Tensor, weight: Tensor, mask: Tensor, dead: Tensor | None, H: Hessian) -> Tensor:
     """What the host wants to know of one matrix, in the order in which `_solution` reads it, in float64 on the device."""
     zero = weight == 0
     extra = zero & ~mask
-    counts = [count.count_nonzero() for count in (mask, zero, extra, extra & dead)]
-    largest = (W.abs().max(), weight.abs().max())  # NaN where there is one
-    return torch.stack([number.double() for number in (*largest, *counts, *_energies(W, weight, H))])
+    counted = (mask, zero, extra, extra[:0] if dead is None else extra & dead[:, None])
+    ends = torch.stack([end.double() for tensor in (W, weight) for end in tensor.aminmax()])  # NaN where there is one
+    finite = ends.isfinite().view(2, 2).all(dim=1)
+    counts = [which.count_nonzero() for which in counted]
+    return torch.stack([number.double() for number in (*finite, *counts, *_energies(W, weight, H))])
 
 
 def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float], answer: _Answer) -> Solution:
-    dense_largest, largest, asked, found, extra, in_dead, change, energy = numbers
-    if not math.isfinite(dense_largest):
+    dense_finite, finite, asked, found, extra, in_dead, change, energy = numbers
+    if not dense_finite:
         raise ValueError(f"{name or 'The weight'} holds NaN or infinity.")
-    if not math.isfinite(largest):
+    if not finite:
         raise ValueError(
             f"An updated weight of {name or 'the matrix'} does not fit into {weight.dtype}; load the model in a dtype of "
             "wider range."
@@ -194,8 +188,8 @@ def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float],
     why = [f"{in_dead:.0f} in dead inputs"] if in_dead else []
     why += [f"{extra - in_dead:.0f} were zero or rounded to zero"] if extra > in_dead else []
     return Solution(
-        weight=weight.contiguous(),
-        mask=mask,
+        weight=weight.t().contiguous(),
+        mask=mask.t(),
         zeros_asked=int(asked),
         zeros_found=int(found),
         why=", ".join(why),
@@ -208,17 +202,14 @@ def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float],
 def relative_error(W: Tensor, weight: Tensor, H: Hessian) -> float:
     """tr(D H D^T) / tr(W H W^T) with D = `weight` - `W`, both `[rows, columns]`; 0 where W H W^T is zero."""
     with full_precision():
-        change, energy = torch.stack(_energies(W, weight, H)).tolist()
+        change, energy = torch.stack(_energies(W.t(), weight.t(), H)).tolist()
     return change / energy if energy > 0 else 0.0
 
 
 def _energies(W: Tensor, weight: Tensor, H: Hessian) -> tuple[Tensor, Tensor]:
-    """tr(D H D^T) and tr(W H W^T), both in units in which neither the weights nor H are tiny or huge."""
-    scale = W.abs().max().to(H.sum.dtype) * H.sum.diagonal().max().sqrt()
-    change, energy = H.sum.new_zeros(2, dtype=torch.float64)
-    for span in spans(len(W), ROWS.get(W.device.type, 1024)):
-        dense = W[span].t().contiguous().to(H.sum.dtype)  # [columns, rows]
-        difference = weight[span].t().to(H.sum.dtype) - dense
-        change += quadratic_form(difference.div_(scale), H.sum).sum()
-        energy += quadratic_form(dense / scale, H.sum).sum()
-    return change, energy
+    """tr(D^T H D) and tr(W^T H W) for `[columns, rows]`, in units in which neither the weights nor H are tiny or huge."""
+    lowest, highest = (end.to(H.sum.dtype) for end in W.aminmax())
+    scale = torch.maximum(highest, -lowest) * H.sum.diagonal().max().sqrt()
+    dense = W.to(H.sum.dtype, copy=True)
+    change = weight.to(H.sum.dtype, copy=True).sub_(dense).div_(scale)
+    return quadratic_form(change, H.sum), quadratic_form(dense.div_(scale), H.sum)

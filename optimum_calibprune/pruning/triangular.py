@@ -54,13 +54,11 @@ def invert_(F: Tensor) -> None:
 
 
 def quadratic_form(D: Tensor, H: Tensor) -> Tensor:
-    """d_i^T H d_i for each column of D `[n, k]`, in float64, from the upper triangle of H; k n^2 operations."""
-    total = torch.zeros(D.shape[1], dtype=torch.float64, device=D.device)
+    """tr(D^T H D) for D `[n, k]`, in float64, from the upper triangle of H; k n^2 operations."""
+    total = torch.zeros((), dtype=torch.float64, device=D.device)
     for block in spans(len(H)):
         corner = H[block, block].triu()
-        corner = corner + corner.triu(1)
-        product = corner @ D[block]
-        if block.stop < len(H):
-            product.addmm_(H[block, block.stop :], D[block.stop :], alpha=2)
-        total += (product * D[block]).sum(dim=0, dtype=torch.float64)
+        product = (corner + corner.triu(1)) @ D[block]
+        product.addmm_(H[block, block.stop :], D[block.stop :], alpha=2)
+        total += product.mul_(D[block]).sum(dim=1).sum(dtype=torch.float64)
     return total

@@ -169,6 +169,7 @@ def test_every_window_can_be_drawn() -> None:
 def test_the_pool_does_not_depend_on_the_draw() -> None:
     class Tokenizer:
         eos_token_id = 0
+        pad_token_id = None
 
     rows = [[i] * 8 for i in range(1, 60)]
     opened = OpenSource(CalibrationSource("web", "general"), rows)

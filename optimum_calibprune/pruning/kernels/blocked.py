@@ -33,7 +33,7 @@ def select_(mask: Tensor, W: Tensor, diagonal: Tensor, rows: Sequence[int], coun
             continue
         threshold = _kth_smallest(part, count)
         torch.le(part, threshold, out=chosen)
-        surplus = int(chosen.sum()) - count
+        surplus = int(chosen.count_nonzero()) - count
         if surplus:  # of equal scores, those at the last positions stay
             ties = (part.t() == threshold).nonzero()[-surplus:]
             chosen[ties[:, 1], ties[:, 0]] = False
@@ -49,17 +49,19 @@ def sweep_(W: Tensor, errors: Tensor, mask: Tensor, U: Tensor, n: int = 0, m: in
     """See `reference.sweep_`."""
     columns, moved, removed = W.t(), errors.t(), mask.t()  # [width, rows]
     diagonal = U.diagonal()[:, None]
-    divisors = torch.empty_like(columns) if m else torch.where(removed, diagonal, torch.inf)  # w / inf is no error
+    share = torch.empty_like(columns) if m else removed.to(W.dtype)  # of a weight that goes: 1 or 0
+    divisors = torch.empty_like(columns) if m else diagonal / share  # infinite where a weight is kept: no error
     for steps in spans(len(columns), m * max(1, STEP // m) if m else STEP):
         for j in range(steps.start, steps.stop):
             if m and j % m == 0:
                 group = slice(j, j + m)
                 removed[group] = _smallest_of(columns[group].div(diagonal[group]).abs_(), m - n)
-                divisors[group] = torch.where(removed[group], diagonal[group], torch.inf)
+                share[group] = removed[group]
+                torch.div(diagonal[group], share[group], out=divisors[group])
             torch.div(columns[j], divisors[j], out=moved[j])
             columns[j + 1 : steps.stop].addr_(U[j, j + 1 : steps.stop], moved[j], alpha=-1)
         columns[steps.stop :].addmm_(U[steps, steps.stop :].t(), moved[steps], alpha=-1)
-    columns.masked_fill_(removed, 0.0)
+    columns.addcmul_(columns, share, value=-1)  # w - w is +0; where() takes eight times as long
 
 
 def _smallest_of(scores: Tensor, count: int) -> Tensor:
