@@ -51,9 +51,9 @@ MAY_IMPORT = {
 HOMES = {  # each heavy library has one home
     "datasets": {"calibration/from_hub.py", "calibration/sources.py", "capabilities/tasks.py"},
     "lm_eval": {"capabilities/engine.py", "capabilities/score.py"},
-    "greenlet": {"pruning/schedule.py"},
+    "greenlet": {"pruning/forward.py"},
     "matplotlib": {"publishing/plots.py"},
-    "triton": set(),
+    "triton": {f"pruning/kernels/triton_{name}.py" for name in ("sweep", "select", "gram")},
     "gradio": set(),
 }
 

@@ -53,7 +53,6 @@ class Hessian:
         self.tokens = 0.0
         self.sum = torch.zeros(columns, columns, device=device, dtype=dtype)  # X^T X; below the diagonal: anything
         self.kernels = kernels or kernels_for(self.sum.device, dtype)
-        self._factors: dict[float, Factor] = {}
 
     @torch.no_grad()
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
@@ -65,13 +64,11 @@ class Hessian:
             rows = rows.to(self.sum.dtype) * roots.repeat_interleave(of_each)[:, None]
         self.kernels.add_gram_(self.sum, rows)
         self.tokens += of_each * (float(weights.sum()) if weights is not None else 1.0)
-        self._factors.clear()
 
     def merge(self, other: Hessian) -> None:
         """Adds what another Hessian of the same inputs has seen."""
         self.sum += other.sum.to(self.sum)
         self.tokens += other.tokens
-        self._factors.clear()
 
     @classmethod
     @torch.no_grad()
@@ -117,18 +114,13 @@ class Hessian:
         if self.tokens == 0:
             raise ValueError("The Hessian has no tokens; add inputs first.")
 
+    @torch.no_grad()
     def factor(self, damping: float = 0.01) -> Factor:
-        """The factor of the inverse, computed once for all layers that share this input.
+        """The factor of the inverse, for all layers that share this input.
 
         `damping` times the mean of the diagonal is added to it. If the factorisation fails: float64 at the same damping,
         then 10 %, then 100 % (never less than was asked); then `NotFactored`; `NotFinite` where NaN has entered.
         """
-        if damping not in self._factors:
-            self._factors[damping] = self._factor(damping)
-        return self._factors[damping]
-
-    @torch.no_grad()
-    def _factor(self, damping: float) -> Factor:
         self._check_tokens()
         dead = self.sum.diagonal() == 0
         more = [share for share in (0.1, 1.0) if share > damping]

@@ -17,6 +17,7 @@ from .triangular import quadratic_form, spans
 
 
 BLOCK = 128
+PANEL = 4  # windows
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,16 @@ def solve_together(
     columns, together = weights[0].shape[1], f"{', '.join(names)}: " if names else ""
     if pattern.m is not None and columns % pattern.m:
         raise ValueError(f"{together}{columns} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
-    dense = [
-        W.t().contiguous() for W in weights
-    ]  # [columns, rows], as everything below: a column is one run of memory
     with full_precision():
         try:
-            answer = METHODS[method](dense, H, pattern, damping)
+            answer = METHODS[method](weights, H, pattern, damping)
         except NotFactored as error:
             raise ValueError(f"{together}{error}") from error
-        sparse = [new.to(W.dtype).add_(0.0) for new, W in zip(answer.weights, dense, strict=True)]  # no minus zero
-        several = zip(dense, sparse, answer.masks, strict=True)
-        numbers = torch.stack([_numbers(*of_one, answer.dead, H) for of_one in several]).tolist()
-    parts = zip(names or [""] * len(dense), sparse, answer.masks, numbers, strict=True)
+        numbers = [
+            _numbers(*of_one, answer.dead, H) for of_one in zip(weights, answer.weights, answer.masks, strict=True)
+        ]
+        numbers = torch.stack(numbers).tolist()
+    parts = zip(names or [""] * len(weights), answer.weights, answer.masks, numbers, strict=True)
     return [_solution(name, weight, mask, of_one, answer) for name, weight, mask, of_one in parts]
 
 
@@ -83,7 +82,8 @@ def solve_together(
 
 @dataclass(frozen=True)
 class _Answer:
-    """New weights and masks `[columns, rows]` of each matrix; which inputs are dead (None: none that matters)."""
+    """New weights, as they will be stored, and masks `[rows, columns]` of each matrix; which inputs are dead (None: none
+    that matters)."""
 
     weights: Sequence[Tensor]
     masks: Sequence[Tensor]
@@ -99,18 +99,61 @@ def _sparsegpt(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, 
     The order is that of |w| / U_jj, which is what is compared: squares of small weights would underflow into ties.
     """
     factor = H.factor(damping)
-    U, rows = factor.U, [weight.shape[1] for weight in weights]
-    W = torch.cat(list(weights), dim=1).to(U.dtype)  # the rows of all of them side by side
+    W = _columns_of(weights, factor.U.dtype)
     if factor.dead is not None:
         W.masked_fill_(factor.dead[:, None], 0.0)
+    rows = [len(weight) for weight in weights]
+    mask = sweep_windows_(W, factor.U, pattern, rows, H.kernels)
+    how = factor.dead, factor.damping, factor.rescue
+    del factor  # its square makes room for the new weights
+    new = [_stored(part, weight.dtype) for part, weight in zip(W.split(rows, dim=1), weights, strict=True)]
+    return _Answer(new, [part.t() for part in mask.split(rows, dim=1)], *how)
+
+
+def sweep_windows_(W: Tensor, U: Tensor, pattern: SparsityPattern, rows: Sequence[int], kernels: Kernels) -> Tensor:
+    """Prunes W `[columns, rows]` in place, the `rows` of several matrices side by side; returns the mask of its shape.
+
+    A window's errors are moved into the other windows of its panel at once, and into the columns behind the panel
+    together with those of the panel's other windows: as one product that is four times as deep, which is faster.
+    """
+    width = BLOCK - BLOCK % (pattern.m or 1)
     mask = torch.empty_like(W, dtype=torch.bool)
-    all_errors = W.new_empty(min(BLOCK, len(W)), W.shape[1])
-    for window in spans(len(W), BLOCK - BLOCK % (pattern.m or 1)):
-        errors = all_errors[: window.stop - window.start]
-        _remove(H.kernels, W[window], errors, mask[window], U[window, window], pattern, rows)
-        W[window.stop :].addmm_(U[window, window.stop :].t(), errors, alpha=-1)
-    parts = W.split(rows, dim=1), mask.split(rows, dim=1)
-    return _Answer(*parts, factor.dead, factor.damping, factor.rescue)
+    errors = W.new_empty(min(PANEL * width, len(W)), W.shape[1])
+    for panel in spans(len(W), PANEL * width):
+        of_panel = errors[: panel.stop - panel.start]
+        for inside in spans(len(of_panel), width):
+            window = slice(panel.start + inside.start, panel.start + inside.stop)
+            _remove(kernels, W[window], of_panel[inside], mask[window], U[window, window], pattern, rows)
+            if window.stop < panel.stop:
+                rest = slice(window.stop, panel.stop)
+                W[rest].addmm_(U[window, rest].t(), of_panel[inside], alpha=-1)
+        if panel.stop < len(W):
+            W[panel.stop :].addmm_(U[panel, panel.stop :].t(), of_panel, alpha=-1)
+    return mask
+
+
+def _columns_of(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The matrices `[rows, columns]` as `[columns, rows]` side by side: a column is one run of memory."""
+    W = weights[0].new_empty(weights[0].shape[1], sum(len(weight) for weight in weights), dtype=dtype)
+    start = 0
+    for weight in weights:
+        for part in weight.split(_rows_at_once(W.device)):
+            W[:, start : start + len(part)] = part.t().contiguous()
+            start += len(part)
+    return W
+
+
+def _stored(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[columns, rows]` as it will stand in the model: `[rows, columns]`, rounded, without a minus zero."""
+    weight = W.new_empty(W.shape[1], W.shape[0], dtype=dtype)
+    for span in spans(len(weight), _rows_at_once(W.device)):
+        weight[span] = W[:, span].to(dtype, memory_format=torch.contiguous_format, copy=True).add_(0.0).t()
+    return weight
+
+
+def _rows_at_once(device: torch.device) -> int:
+    """How many rows are copied or measured at a time: what a copy takes beside the weights, against small products."""
+    return 8192 if device.type == "cuda" else 1024
 
 
 def _remove(
@@ -134,7 +177,7 @@ def _remove(
 def _wanda(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
     """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
     norms = H.diagonal.sqrt()
-    masks = [_by_score(W.t().abs() * norms, pattern).t() for W in weights]
+    masks = [_by_score(W.abs() * norms, pattern) for W in weights]
     return _Answer(_masked(weights, masks), masks, norms == 0)
 
 
@@ -142,9 +185,9 @@ def _magnitude(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, 
     """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
     H.check()
     if pattern.m is not None:
-        masks = [_by_score(W.t().abs(), pattern).t() for W in weights]
+        masks = [_by_score(W.abs(), pattern) for W in weights]
     else:
-        masks = [reference.smallest(W.t().abs(), round(pattern.fraction * W.numel())).t() for W in weights]
+        masks = [reference.smallest(W.abs(), round(pattern.fraction * W.numel())) for W in weights]
     return _Answer(_masked(weights, masks), masks)
 
 
@@ -156,7 +199,7 @@ def _by_score(scores: Tensor, pattern: SparsityPattern) -> Tensor:
 
 
 def _masked(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    return [W.masked_fill(mask, 0.0) for W, mask in zip(weights, masks, strict=True)]
+    return [W.masked_fill(mask, 0.0).add_(0.0).contiguous() for W, mask in zip(weights, masks, strict=True)]
 
 
 METHODS = {"sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude}
@@ -167,13 +210,21 @@ METHODS = {"sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude}
 
 def _numbers(W: Tensor, weight: Tensor, mask: Tensor, dead: Tensor | None, H: Hessian) -> Tensor:
     """What the host wants to know of one matrix, in the order in which `_solution` reads it, in float64 on the device."""
-    zero = weight == 0
-    extra = zero & ~mask
-    counted = (mask, zero, extra, extra[:0] if dead is None else extra & dead[:, None])
-    ends = torch.stack([end.double() for tensor in (W, weight) for end in tensor.aminmax()])  # NaN where there is one
+    counts = torch.zeros(4, dtype=torch.int64, device=W.device)
+    for span in spans(len(W), _rows_at_once(W.device)):
+        removed = mask[span].t()  # [columns, rows], as it lies in memory
+        zero = (weight[span] == 0).t().contiguous()
+        extra = zero & ~removed
+        in_dead = extra[:0] if dead is None else extra & dead[:, None]
+        counts += torch.stack([which.count_nonzero() for which in (removed, zero, extra, in_dead)])
+    ends = torch.stack([end.double() for tensor in (W, weight) for end in _ends(tensor)])  # NaN where there is one
     finite = ends.isfinite().view(2, 2).all(dim=1)
-    counts = [which.count_nonzero() for which in counted]
-    return torch.stack([number.double() for number in (*finite, *counts, *_energies(W, weight, H))])
+    return torch.cat([finite.double(), counts.double(), torch.stack(_energies(W, weight, H))])
+
+
+def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest entry; a fast look wherever memory is contiguous."""
+    return tensor.aminmax() if tensor.is_contiguous() else tensor.t().aminmax()
 
 
 def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float], answer: _Answer) -> Solution:
@@ -188,8 +239,8 @@ def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float],
     why = [f"{in_dead:.0f} in dead inputs"] if in_dead else []
     why += [f"{extra - in_dead:.0f} were zero or rounded to zero"] if extra > in_dead else []
     return Solution(
-        weight=weight.t().contiguous(),
-        mask=mask.t(),
+        weight=weight,
+        mask=mask,
         zeros_asked=int(asked),
         zeros_found=int(found),
         why=", ".join(why),
@@ -199,17 +250,25 @@ def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float],
     )
 
 
+@torch.no_grad()
 def relative_error(W: Tensor, weight: Tensor, H: Hessian) -> float:
     """tr(D H D^T) / tr(W H W^T) with D = `weight` - `W`, both `[rows, columns]`; 0 where W H W^T is zero."""
     with full_precision():
-        change, energy = torch.stack(_energies(W.t(), weight.t(), H)).tolist()
+        change, energy = torch.stack(_energies(W, weight, H)).tolist()
     return change / energy if energy > 0 else 0.0
 
 
 def _energies(W: Tensor, weight: Tensor, H: Hessian) -> tuple[Tensor, Tensor]:
-    """tr(D^T H D) and tr(W^T H W) for `[columns, rows]`, in units in which neither the weights nor H are tiny or huge."""
-    lowest, highest = (end.to(H.sum.dtype) for end in W.aminmax())
+    """tr(D H D^T) and tr(W H W^T), in units in which neither the weights nor H are tiny or huge."""
+    lowest, highest = (end.to(H.sum.dtype) for end in _ends(W))
     scale = torch.maximum(highest, -lowest) * H.sum.diagonal().max().sqrt()
-    dense = W.to(H.sum.dtype, copy=True)
-    change = weight.to(H.sum.dtype, copy=True).sub_(dense).div_(scale)
-    return quadratic_form(change, H.sum), quadratic_form(dense.div_(scale), H.sum)
+    change, energy = H.sum.new_zeros(2, dtype=torch.float64)
+    at_once = min(len(W), _rows_at_once(W.device))
+    both = H.sum.new_empty(2, W.shape[1], at_once)  # [columns, rows], used again for all rows
+    for span in spans(len(W), at_once):
+        dense, difference = both[:, :, : span.stop - span.start]
+        dense.copy_(W[span].t().contiguous())
+        difference.copy_(weight[span].t().contiguous()).sub_(dense).div_(scale)
+        change += quadratic_form(difference, H.sum)
+        energy += quadratic_form(dense.div_(scale), H.sum)
+    return change, energy

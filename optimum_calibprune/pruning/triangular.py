@@ -48,9 +48,9 @@ def invert_(F: Tensor) -> None:
         corner = F[block, block]
         identity = torch.eye(len(corner), dtype=F.dtype, device=F.device)
         corner.copy_(torch.linalg.solve_triangular(corner, identity, upper=True))
-        above = F[: block.start, block] @ corner
+        above = (F[: block.start, block] @ corner).neg_()
         for span in spans(block.start):  # the part left of `block` is inverted already
-            torch.mm(F[span, span.start : block.start], above[span.start :], out=F[span, block]).neg_()
+            torch.mm(F[span, span.start : block.start], above[span.start :], out=F[span, block])
 
 
 def quadratic_form(D: Tensor, H: Tensor) -> Tensor:

@@ -288,15 +288,6 @@ def test_all_inputs_dead_gives_a_factor_all_the_same() -> None:
     assert factor.rescue == ""
 
 
-# ----------------------------------------------------------------------------------------------- cache
-
-
-def test_the_factor_is_computed_once_for_each_damping() -> None:
-    H = hessian_of(inputs(50, 6))
-    assert H.factor() is H.factor(0.01)
-    assert not torch.equal(H.factor(0.1).U, H.factor().U)
-
-
 @pytest.mark.parametrize("how", ["add", "merge"])
 def test_new_inputs_make_the_factor_new(how: str) -> None:
     X = inputs(90, 6)
