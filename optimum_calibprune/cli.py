@@ -130,7 +130,11 @@ class PruneCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
-        parser.add_argument("--sparsity", help="60%%, 0.6, or n:m such as 2:4 (default 50%%)")
+        parser.add_argument(
+            "--sparsity",
+            help="60%%, 0.6, or n:m such as 2:4 (default 50%%); by names of modules, where the first pattern that fits "
+            "counts: '*.mlp.*=70%%,*.o_proj=dense,*=50%%'",
+        )
         _add_calibration(parser)
         _add_evaluation(parser)
         parser.add_argument("--method", help=f"{', '.join(METHODS)} (default {METHODS[0]})")

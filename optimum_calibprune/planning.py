@@ -56,7 +56,7 @@ def make_plan(
         blocks=len(groups),
         modules=len(modules),
         weights=sum(m.weight.numel() for m in modules),
-        untouched=blocks.untouched(model, groups),
+        untouched=blocks.untouched(model, groups, config.sparsity),
         capabilities=tuple(capabilities),
         micro_batch=config.micro_batch,
         resident=resident,

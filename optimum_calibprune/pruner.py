@@ -101,7 +101,7 @@ class CalibPruner:
         self._sources = choose_sources(self.config, listed(sources))
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         blocks.check_model(self.model, self.config.sparsity)
-        self._groups = blocks.find_groups(self.model)
+        self._groups = blocks.find_groups(self.model, self.config.sparsity)
 
     @classmethod
     def from_pretrained(
@@ -251,7 +251,7 @@ class CalibPruner:
     ) -> PruneReport:
         config = self.config
         settings = schedule.Settings(
-            pattern=config.sparsity,
+            sparsity=config.sparsity,
             method=config.method,
             damping=config.damping,
             sequential=config.sequential,

@@ -20,12 +20,14 @@ from .values import (
     NORMALISE,
     SEQUENTIAL,
     MixRule,
-    SparsityPattern,
+    Sparsity,
+    SparsityPattern,  # noqa: F401 (other rooms take it from here)
     require,
 )
 
 
 CONFIG_NAME = "calibprune_config.json"
+LEFT_DENSE = "left dense, as asked by "
 
 
 # --------------------------------------------------------------------------------------------- the job
@@ -35,6 +37,7 @@ CONFIG_NAME = "calibprune_config.json"
 class CalibPruneConfig(Record):
     """Everything that decides a run. Python keywords, command-line options and the saved file use these names.
 
+    `sparsity` is `"60%"`, 0.6 or `"2:4"`, or a mapping from names of modules to these: see `Sparsity`.
     `samples` and `length` (tokens) may be left out: 128 x 2048, for the pocket model 64 x 256. `micro_batch` is the number
     of samples whose arithmetic is done together; left out, it is as many as make about 2048 tokens. `sequential="module"`
     lets each module see what the pruned ones before it produce; `"block"` is the two-pass scheme of the SparseGPT paper.
@@ -43,7 +46,7 @@ class CalibPruneConfig(Record):
 
     model: str
     revision: str | None = None
-    sparsity: SparsityPattern = HALF
+    sparsity: Sparsity = HALF
     method: str = "sparsegpt"
     mix: MixRule = IGSP
     sources: tuple[str, ...] = ()
@@ -59,7 +62,7 @@ class CalibPruneConfig(Record):
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sparsity", SparsityPattern.parse(self.sparsity))
+        object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
         object.__setattr__(self, "mix", MixRule.parse(self.mix))
         if isinstance(self.capabilities, str):
             object.__setattr__(self, "capabilities", tuple(part.strip() for part in self.capabilities.split(",")))
@@ -246,7 +249,7 @@ class LayerReport(Record):
 
 @dataclass(frozen=True)
 class Untouched(Record):
-    """A matrix that was not pruned, and why."""
+    """A matrix that was not pruned, and why; where the sparsity left it dense, the reason begins with `LEFT_DENSE`."""
 
     name: str
     shape: tuple[int, ...]
@@ -257,7 +260,7 @@ class Untouched(Record):
 class PruneReport(Record):
     """All layers of a run. `replays` is the number of block forwards beyond the first that each micro-batch cost."""
 
-    pattern: SparsityPattern
+    pattern: Sparsity
     method: str
     layers: tuple[LayerReport, ...]
     untouched: tuple[Untouched, ...]
@@ -280,7 +283,7 @@ class Plan(Record):
     bytes by place; seconds are an estimate from measured rates, of the pruning alone."""
 
     model: str
-    pattern: SparsityPattern
+    pattern: Sparsity
     method: str
     mix: MixRule
     sources: tuple[str, ...]

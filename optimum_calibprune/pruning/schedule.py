@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..records import CalibrationSet, LayerReport, SparsityPattern
+from ..records import CalibrationSet, LayerReport, Sparsity, SparsityPattern
 from . import blocks
 from .balance import Balance, improve_worst
 from .blocks import Call, InputGroup
@@ -34,12 +34,21 @@ class Cancelled(Exception):
 class Settings:
     """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed."""
 
-    pattern: SparsityPattern
+    sparsity: Sparsity
     method: str = "sparsegpt"
     damping: float = 0.01
     sequential: str = "module"
     micro_batch: int = 1
     resident: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
+
+    def pattern_of(self, module: str) -> SparsityPattern:
+        """What a module that is in a group is pruned to."""
+        pattern = self.sparsity.of(module)
+        assert pattern is not None, f"{module} is left dense, and yet in a group"
+        return pattern
 
 
 def resident_micro_batches(
@@ -87,7 +96,7 @@ def prune_blocks(
     Args:
         model: in memory, put into eval mode; on another device than `device`, its blocks are moved there one at a time.
         calibration: token ids `[samples, length]`, used in their order.
-        groups: of `blocks.find_groups`, where the caller has them already.
+        groups: of `blocks.find_groups` with the same sparsity, where the caller has them already.
         on_progress: called with (modules done, modules in all, name of the module).
         cancelled: asked before each group of modules; True raises `Cancelled`.
 
@@ -98,7 +107,7 @@ def prune_blocks(
     name, model_blocks = blocks.find_blocks(model)
     home = next(model_blocks.parameters()).device
     device = device or home
-    groups = groups if groups is not None else blocks.find_groups(model)
+    groups = groups if groups is not None else blocks.find_groups(model, settings.sparsity)
     step = settings.micro_batch
     ids = torch.from_numpy(calibration.input_ids.copy())
     batches = list(ids.split(step))
@@ -279,17 +288,18 @@ class _BlockWalk:
         )
 
     def _solve(self, group: InputGroup, hessians: Sequence[Hessian]) -> list[Solution]:
-        pattern, method, damping = self.settings.pattern, self.settings.method, self.settings.damping
+        method, damping = self.settings.method, self.settings.damping
         weights = [blocks.weight_of(module) for module in group.modules]
         names = [f"{self.name}.{name}" for name in group.names]
+        patterns = [self.settings.pattern_of(name) for name in names]
         hessian = self.balance.combine(hessians)
-        solutions = solve_together(weights, hessian, pattern, method=method, damping=damping, names=names)
+        solutions = solve_together(weights, hessian, patterns, method=method, damping=damping, names=names)
         if self.balance.normalise != "minimax":
             return solutions
         shares = self.balance.weights
         return [
             improve_worst(W, first, hessians, shares, pattern, method=method, damping=damping)
-            for W, first in zip(weights, solutions, strict=True)
+            for W, first, pattern in zip(weights, solutions, patterns, strict=True)
         ]
 
 

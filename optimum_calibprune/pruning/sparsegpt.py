@@ -47,20 +47,47 @@ def solve(
 def solve_together(
     weights: Sequence[Tensor],
     H: Hessian,
-    pattern: SparsityPattern,
+    patterns: SparsityPattern | Sequence[SparsityPattern],
     *,
     method: str = "sparsegpt",
     damping: float = 0.01,
     names: Sequence[str] | None = None,
 ) -> list[Solution]:
-    """Prunes the weight matrices `[rows, columns]` that read the same input, each to `pattern`; what was given is left
-    as it was. The host waits for the device twice: for the factor, and for the numbers of the solutions.
+    """Prunes the weight matrices `[rows, columns]` that read the same input, each to its pattern, or all to one; what was
+    given is left as it was. Those without n:m are solved in one sweep, and so are those of one n:m; all share the factor.
+    For each of these sweeps the host waits for the device twice: for the factor, and for the numbers of the solutions.
 
     Raises `ValueError`, with the names of the matrices where they are given, for weights that are not finite, before or
     after; for columns that m does not divide; and for a Hessian that is empty, not finite (`NotFinite`), or cannot be
     factored.
     """
-    columns, together = weights[0].shape[1], f"{', '.join(names)}: " if names else ""
+    several = [patterns] * len(weights) if isinstance(patterns, SparsityPattern) else list(patterns)
+    names = names or [""] * len(weights)
+    solutions: dict[int, Solution] = {}
+    for alike in _alike(several):
+        of_these = ([of_all[i] for i in alike] for of_all in (weights, several, names))
+        solutions |= zip(alike, _solve_alike(*of_these, H, method, damping), strict=True)
+    return [solutions[i] for i in range(len(weights))]
+
+
+def _alike(patterns: Sequence[SparsityPattern]) -> list[list[int]]:
+    """Which of the patterns can be had in one sweep: all that are unstructured, and all of the same n:m."""
+    found: dict[tuple[int | None, int | None], list[int]] = {}
+    for i, pattern in enumerate(patterns):
+        found.setdefault((pattern.n, pattern.m), []).append(i)
+    return list(found.values())
+
+
+def _solve_alike(
+    weights: Sequence[Tensor],
+    patterns: Sequence[SparsityPattern],
+    names: Sequence[str],
+    H: Hessian,
+    method: str,
+    damping: float,
+) -> list[Solution]:
+    columns, pattern = weights[0].shape[1], patterns[0]
+    together = f"{', '.join(names)}: " if names[0] else ""
     if pattern.m is not None and columns % pattern.m:
         raise ValueError(f"{together}{columns} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
     dense = [
@@ -68,13 +95,13 @@ def solve_together(
     ]  # [columns, rows], as everything below: a column is one run of memory
     with full_precision():
         try:
-            answer = METHODS[method](dense, H, pattern, damping)
+            answer = METHODS[method](dense, H, patterns, damping)
         except NotFactored as error:
             raise ValueError(f"{together}{error}") from error
         sparse = [new.to(W.dtype).add_(0.0) for new, W in zip(answer.weights, dense, strict=True)]  # no minus zero
-        several = zip(dense, sparse, answer.masks, strict=True)
-        numbers = torch.stack([_numbers(*of_one, answer.dead, H) for of_one in several]).tolist()
-    parts = zip(names or [""] * len(dense), sparse, answer.masks, numbers, strict=True)
+        tensors = zip(dense, sparse, answer.masks, strict=True)
+        numbers = torch.stack([_numbers(*of_one, answer.dead, H) for of_one in tensors]).tolist()
+    parts = zip(names, sparse, answer.masks, numbers, strict=True)
     return [_solution(name, weight, mask, of_one, answer) for name, weight, mask, of_one in parts]
 
 
@@ -92,7 +119,7 @@ class _Answer:
     rescue: str = ""
 
 
-def _sparsegpt(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+def _sparsegpt(weights: Sequence[Tensor], H: Hessian, patterns: Sequence[SparsityPattern], damping: float) -> _Answer:
     """SparseGPT (Frantar and Alistarh 2023): windows of columns; within each, the weights of every matrix with the
     smallest w^2 / U_jj^2 go, and their errors are moved into the columns to the right.
 
@@ -105,9 +132,9 @@ def _sparsegpt(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, 
         W.masked_fill_(factor.dead[:, None], 0.0)
     mask = torch.empty_like(W, dtype=torch.bool)
     all_errors = W.new_empty(min(BLOCK, len(W)), W.shape[1])
-    for window in spans(len(W), BLOCK - BLOCK % (pattern.m or 1)):
+    for window in spans(len(W), BLOCK - BLOCK % (patterns[0].m or 1)):
         errors = all_errors[: window.stop - window.start]
-        _remove(H.kernels, W[window], errors, mask[window], U[window, window], pattern, rows)
+        _remove(H.kernels, W[window], errors, mask[window], U[window, window], patterns, rows)
         W[window.stop :].addmm_(U[window, window.stop :].t(), errors, alpha=-1)
     parts = W.split(rows, dim=1), mask.split(rows, dim=1)
     return _Answer(*parts, factor.dead, factor.damping, factor.rescue)
@@ -119,32 +146,35 @@ def _remove(
     errors: Tensor,
     mask: Tensor,
     U: Tensor,
-    pattern: SparsityPattern,
+    patterns: Sequence[SparsityPattern],
     rows: Sequence[int],
 ) -> None:
     """One window, `[width, rows]`: chooses, removes, and moves the errors inside it."""
-    if pattern.m is not None:
-        kernels.sweep_(W.t(), errors.t(), mask.t(), U, pattern.n or 0, pattern.m)
+    if patterns[0].m is not None:
+        kernels.sweep_(W.t(), errors.t(), mask.t(), U, patterns[0].n or 0, patterns[0].m)
         return
-    counts = [round(pattern.fraction * several * len(W)) for several in rows]
+    counts = [round(pattern.fraction * several * len(W)) for pattern, several in zip(patterns, rows, strict=True)]
     kernels.select_(mask.t(), W.t(), U.diagonal(), rows, counts)
     kernels.sweep_(W.t(), errors.t(), mask.t(), U)
 
 
-def _wanda(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+def _wanda(weights: Sequence[Tensor], H: Hessian, patterns: Sequence[SparsityPattern], damping: float) -> _Answer:
     """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
     norms = H.diagonal.sqrt()
-    masks = [_by_score(W.t().abs() * norms, pattern).t() for W in weights]
+    masks = [_by_score(W.t().abs() * norms, pattern).t() for W, pattern in zip(weights, patterns, strict=True)]
     return _Answer(_masked(weights, masks), masks, norms == 0)
 
 
-def _magnitude(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+def _magnitude(weights: Sequence[Tensor], H: Hessian, patterns: Sequence[SparsityPattern], damping: float) -> _Answer:
     """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
     H.check()
-    if pattern.m is not None:
-        masks = [_by_score(W.t().abs(), pattern).t() for W in weights]
-    else:
-        masks = [reference.smallest(W.t().abs(), round(pattern.fraction * W.numel())).t() for W in weights]
+    masks = []
+    for W, pattern in zip(weights, patterns, strict=True):
+        scores = W.t().abs()
+        if pattern.m is not None:
+            masks.append(_by_score(scores, pattern).t())
+        else:
+            masks.append(reference.smallest(scores, round(pattern.fraction * W.numel())).t())
     return _Answer(_masked(weights, masks), masks)
 
 
