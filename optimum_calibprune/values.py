@@ -18,6 +18,7 @@ SELF = "self"  # the source that is the model itself, as a user names it
 METHODS = ("sparsegpt", "wanda", "magnitude")
 SEQUENTIAL = ("module", "block")
 NORMALISE = ("none", "trace", "minimax")
+ALLOCATIONS = ("uniform", "owl")
 
 # The options of each mix, with their defaults; what they mean stands where they are used.
 OPTIONS: dict[str, dict[str, float]] = {
@@ -148,6 +149,11 @@ class Sparsity:
                 glob in used,
                 f"{glob!r} of the sparsity {self} fits no module that can be pruned; their names are like {modules[0]!r}.",
             )
+
+    @property
+    def structured(self) -> tuple[SparsityPattern, ...]:
+        """Those of its patterns that are n:m."""
+        return tuple(pattern for _, pattern in self.rules if pattern is not None and pattern.m is not None)
 
     @property
     def by_module(self) -> bool:

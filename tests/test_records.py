@@ -156,6 +156,12 @@ def test_a_bad_mix_is_refused(given: str, message: str) -> None:
     [
         ({"method": "sparsegtp"}, "Did you mean 'sparsegpt'"),
         ({"sequential": "x"}, "Unknown sequential"),
+        ({"allocation": "own"}, "Did you mean 'owl'"),
+        ({"allocation": "owl", "sparsity": "2:4"}, "moves zeros from block to block, which n:m does not allow; 2:4"),
+        (
+            {"allocation": "owl", "sparsity": {"*.mlp.*": "2:4", "*": 0.5}},
+            r"does not allow; \*\.mlp\.\*=2:4,\*=50% was",
+        ),
         ({"capabilities": "genral"}, "Did you mean 'general'"),
         ({"capabilities": ("auto", "math")}, "Unknown capability 'auto'"),
         ({"samples": 0}, "samples must be at least 1"),

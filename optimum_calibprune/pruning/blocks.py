@@ -342,6 +342,16 @@ def embed(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Te
     return capture(model, input_ids, device, count=1)[0]
 
 
+def enter(
+    model: PreTrainedModel, input_ids: Tensor, micro_batch: int, device: torch.device
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """For each micro-batch of `[samples, length]`: the hidden states that enter the first block, and each block's `Call`."""
+    batches = list(input_ids.split(micro_batch))
+    shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
+    calls = {size: capture(model, batch, device)[1] for size, batch in shapes.items()}
+    return [embed(model, batch, device) for batch in batches], [calls[len(batch)] for batch in batches]
+
+
 def _run_until_stopped(model: PreTrainedModel, input_ids: Tensor) -> None:
     try:
         model(input_ids=input_ids.to(model.get_input_embeddings().weight.device), use_cache=False)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..records import CalibrationSet, LayerReport, Sparsity, SparsityPattern
+from ..records import CalibrationSet, LayerReport, Sparsity
 from . import blocks
 from .balance import Balance, improve_worst
 from .blocks import Call, InputGroup
 from .forward import Forward, wait_before
 from .hessian import Hessian, NotFinite
-from .sparsegpt import Solution, solve_together
+from .sparsegpt import Solution, Target, solve_together
 
 
 Progress = Callable[[int, int, str], None]
@@ -32,7 +32,8 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed."""
+    """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed.
+    `zeros` says how many each module gets, where `allocation.owl` has counted them; else its pattern says so."""
 
     sparsity: Sparsity
     method: str = "sparsegpt"
@@ -40,15 +41,16 @@ class Settings:
     sequential: str = "module"
     micro_batch: int = 1
     resident: int | None = None
+    zeros: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
 
-    def pattern_of(self, module: str) -> SparsityPattern:
+    def target_of(self, module: str) -> Target:
         """What a module that is in a group is pruned to."""
-        pattern = self.sparsity.of(module)
-        assert pattern is not None, f"{module} is left dense, and yet in a group"
-        return pattern
+        target = self.sparsity.of(module) if self.zeros is None else self.zeros[module]
+        assert target is not None, f"{module} is left dense, and yet in a group"
+        return target
 
 
 def resident_micro_batches(
@@ -110,11 +112,8 @@ def prune_blocks(
     groups = groups if groups is not None else blocks.find_groups(model, settings.sparsity)
     step = settings.micro_batch
     ids = torch.from_numpy(calibration.input_ids.copy())
-    batches = list(ids.split(step))
     balance = Balance.of(calibration, step, device)
-    shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
-    calls = {size: blocks.capture(model, batch, device)[1] for size, batch in shapes.items()}
-    hidden = [blocks.embed(model, batch, device) for batch in batches]
+    hidden, calls = blocks.enter(model, ids, step, device)
     resident = settings.resident
     if resident is None:
         resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
@@ -126,10 +125,10 @@ def prune_blocks(
             name=f"{name}.{i}",
             groups=groups[i],
             hidden=hidden,
-            calls=[calls[len(batch)][i] for batch in batches],
+            calls=[of_all[i] for of_all in calls],
             balance=balance,
             step=step,
-            resident=min(resident, len(batches)),
+            resident=min(resident, len(hidden)),
             settings=settings,
         )
         reports: list[LayerReport] = []
@@ -291,15 +290,15 @@ class _BlockWalk:
         method, damping = self.settings.method, self.settings.damping
         weights = [blocks.weight_of(module) for module in group.modules]
         names = [f"{self.name}.{name}" for name in group.names]
-        patterns = [self.settings.pattern_of(name) for name in names]
+        targets = [self.settings.target_of(name) for name in names]
         hessian = self.balance.combine(hessians)
-        solutions = solve_together(weights, hessian, patterns, method=method, damping=damping, names=names)
+        solutions = solve_together(weights, hessian, targets, method=method, damping=damping, names=names)
         if self.balance.normalise != "minimax":
             return solutions
         shares = self.balance.weights
         return [
-            improve_worst(W, first, hessians, shares, pattern, method=method, damping=damping)
-            for W, first, pattern in zip(weights, solutions, patterns, strict=True)
+            improve_worst(W, first, hessians, shares, target, method=method, damping=damping)
+            for W, first, target in zip(weights, solutions, targets, strict=True)
         ]
 
 

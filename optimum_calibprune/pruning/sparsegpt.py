@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..records import SparsityPattern
 from .hessian import Hessian, NotFactored
-from .kernels import Kernels, reference
+from .kernels import reference
 from .kernels.precision import full_precision
 from .triangular import quadratic_form, spans
 
 
 BLOCK = 128
+Target = SparsityPattern | int  # what a matrix is pruned to: a pattern, or a number of zeros, spread over it evenly
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,22 @@ class Solution:
     rescue: str
 
 
-def solve(
-    W: Tensor, H: Hessian, pattern: SparsityPattern, *, method: str = "sparsegpt", damping: float = 0.01
-) -> Solution:
-    """Prunes one weight matrix `[rows, columns]` to `pattern`; see `solve_together`."""
-    return solve_together([W], H, pattern, method=method, damping=damping)[0]
+def solve(W: Tensor, H: Hessian, target: Target, *, method: str = "sparsegpt", damping: float = 0.01) -> Solution:
+    """Prunes one weight matrix `[rows, columns]` to its target; see `solve_together`."""
+    return solve_together([W], H, target, method=method, damping=damping)[0]
 
 
 @torch.no_grad()
 def solve_together(
     weights: Sequence[Tensor],
     H: Hessian,
-    patterns: SparsityPattern | Sequence[SparsityPattern],
+    targets: Target | Sequence[Target],
     *,
     method: str = "sparsegpt",
     damping: float = 0.01,
     names: Sequence[str] | None = None,
 ) -> list[Solution]:
-    """Prunes the weight matrices `[rows, columns]` that read the same input, each to its pattern, or all to one; what was
+    """Prunes the weight matrices `[rows, columns]` that read the same input, each to its target, or all to one; what was
     given is left as it was. Those without n:m are solved in one sweep, and so are those of one n:m; all share the factor.
     For each of these sweeps the host waits for the device twice: for the factor, and for the numbers of the solutions.
 
@@ -61,7 +60,7 @@ def solve_together(
     after; for columns that m does not divide; and for a Hessian that is empty, not finite (`NotFinite`), or cannot be
     factored.
     """
-    several = [patterns] * len(weights) if isinstance(patterns, SparsityPattern) else list(patterns)
+    several = [targets] * len(weights) if isinstance(targets, SparsityPattern | int) else list(targets)
     names = names or [""] * len(weights)
     solutions: dict[int, Solution] = {}
     for alike in _alike(several):
@@ -70,32 +69,37 @@ def solve_together(
     return [solutions[i] for i in range(len(weights))]
 
 
-def _alike(patterns: Sequence[SparsityPattern]) -> list[list[int]]:
-    """Which of the patterns can be had in one sweep: all that are unstructured, and all of the same n:m."""
-    found: dict[tuple[int | None, int | None], list[int]] = {}
-    for i, pattern in enumerate(patterns):
-        found.setdefault((pattern.n, pattern.m), []).append(i)
+def _alike(targets: Sequence[Target]) -> list[list[int]]:
+    """Which of the targets can be had in one sweep: all that are unstructured, and all of the same n:m."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, target in enumerate(targets):
+        found.setdefault(_n_of_m(target), []).append(i)
     return list(found.values())
+
+
+def _n_of_m(target: Target) -> tuple[int, int]:
+    """n and m; zeros where it is unstructured."""
+    return (target.n or 0, target.m or 0) if isinstance(target, SparsityPattern) else (0, 0)
 
 
 def _solve_alike(
     weights: Sequence[Tensor],
-    patterns: Sequence[SparsityPattern],
+    targets: Sequence[Target],
     names: Sequence[str],
     H: Hessian,
     method: str,
     damping: float,
 ) -> list[Solution]:
-    columns, pattern = weights[0].shape[1], patterns[0]
+    columns, (_, m) = weights[0].shape[1], _n_of_m(targets[0])
     together = f"{', '.join(names)}: " if names[0] else ""
-    if pattern.m is not None and columns % pattern.m:
-        raise ValueError(f"{together}{columns} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
+    if m and columns % m:
+        raise ValueError(f"{together}{columns} columns are not divisible by m = {m} of the pattern {targets[0]}.")
     dense = [
         W.t().contiguous() for W in weights
     ]  # [columns, rows], as everything below: a column is one run of memory
     with full_precision():
         try:
-            answer = METHODS[method](dense, H, patterns, damping)
+            answer = METHODS[method](dense, H, targets, damping)
         except NotFactored as error:
             raise ValueError(f"{together}{error}") from error
         sparse = [new.to(W.dtype).add_(0.0) for new, W in zip(answer.weights, dense, strict=True)]  # no minus zero
@@ -119,7 +123,25 @@ class _Answer:
     rescue: str = ""
 
 
-def _sparsegpt(weights: Sequence[Tensor], H: Hessian, patterns: Sequence[SparsityPattern], damping: float) -> _Answer:
+def zeros_in_parts(target: Target, method: str, rows: int, columns: int) -> list[int]:
+    """How many weights a method removes, without n:m, from each part of a matrix `[rows, columns]`: SparseGPT's parts are
+    windows of columns, Wanda's are rows, and to magnitude pruning the matrix is one.
+
+    A number of zeros is spread evenly: each part loses its share of them rounded down, and the first ones lose one more,
+    until the number is reached.
+    """
+    if method == "sparsegpt":
+        parts = [(rows, window.stop - window.start) for window in spans(columns, BLOCK)]
+    else:
+        parts = [(1, columns)] * rows if method == "wanda" else [(rows, columns)]
+    if isinstance(target, SparsityPattern):
+        return [round(target.fraction * height * width) for height, width in parts]
+    shares = [target * height * width // (rows * columns) for height, width in parts]
+    left = target - sum(shares)
+    return [share + (i < left) for i, share in enumerate(shares)]
+
+
+def _sparsegpt(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
     """SparseGPT (Frantar and Alistarh 2023): windows of columns; within each, the weights of every matrix with the
     smallest w^2 / U_jj^2 go, and their errors are moved into the columns to the right.
 
@@ -132,57 +154,43 @@ def _sparsegpt(weights: Sequence[Tensor], H: Hessian, patterns: Sequence[Sparsit
         W.masked_fill_(factor.dead[:, None], 0.0)
     mask = torch.empty_like(W, dtype=torch.bool)
     all_errors = W.new_empty(min(BLOCK, len(W)), W.shape[1])
-    for window in spans(len(W), BLOCK - BLOCK % (patterns[0].m or 1)):
+    n, m = _n_of_m(targets[0])
+    pairs = zip(targets, rows, strict=True)
+    counts = [] if m else [zeros_in_parts(target, "sparsegpt", several, len(W)) for target, several in pairs]
+    for i, window in enumerate(spans(len(W), BLOCK - BLOCK % (m or 1))):
         errors = all_errors[: window.stop - window.start]
-        _remove(H.kernels, W[window], errors, mask[window], U[window, window], patterns, rows)
+        inside, chosen, own = W[window].t(), mask[window].t(), U[window, window]
+        if not m:
+            H.kernels.select_(chosen, inside, own.diagonal(), rows, [of_one[i] for of_one in counts])
+        H.kernels.sweep_(inside, errors.t(), chosen, own, n, m)
         W[window.stop :].addmm_(U[window, window.stop :].t(), errors, alpha=-1)
     parts = W.split(rows, dim=1), mask.split(rows, dim=1)
     return _Answer(*parts, factor.dead, factor.damping, factor.rescue)
 
 
-def _remove(
-    kernels: Kernels,
-    W: Tensor,
-    errors: Tensor,
-    mask: Tensor,
-    U: Tensor,
-    patterns: Sequence[SparsityPattern],
-    rows: Sequence[int],
-) -> None:
-    """One window, `[width, rows]`: chooses, removes, and moves the errors inside it."""
-    if patterns[0].m is not None:
-        kernels.sweep_(W.t(), errors.t(), mask.t(), U, patterns[0].n or 0, patterns[0].m)
-        return
-    counts = [round(pattern.fraction * several * len(W)) for pattern, several in zip(patterns, rows, strict=True)]
-    kernels.select_(mask.t(), W.t(), U.diagonal(), rows, counts)
-    kernels.sweep_(W.t(), errors.t(), mask.t(), U)
-
-
-def _wanda(weights: Sequence[Tensor], H: Hessian, patterns: Sequence[SparsityPattern], damping: float) -> _Answer:
+def _wanda(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
     """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
     norms = H.diagonal.sqrt()
-    masks = [_by_score(W.t().abs() * norms, pattern).t() for W, pattern in zip(weights, patterns, strict=True)]
+    masks = [_by_score("wanda", W.t().abs() * norms, target).t() for W, target in zip(weights, targets, strict=True)]
     return _Answer(_masked(weights, masks), masks, norms == 0)
 
 
-def _magnitude(weights: Sequence[Tensor], H: Hessian, patterns: Sequence[SparsityPattern], damping: float) -> _Answer:
+def _magnitude(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
     """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
     H.check()
-    masks = []
-    for W, pattern in zip(weights, patterns, strict=True):
-        scores = W.t().abs()
-        if pattern.m is not None:
-            masks.append(_by_score(scores, pattern).t())
-        else:
-            masks.append(reference.smallest(scores, round(pattern.fraction * W.numel())).t())
+    masks = [_by_score("magnitude", W.t().abs(), target).t() for W, target in zip(weights, targets, strict=True)]
     return _Answer(_masked(weights, masks), masks)
 
 
-def _by_score(scores: Tensor, pattern: SparsityPattern) -> Tensor:
-    if pattern.m is not None:
-        return reference.smallest_in_groups(scores, pattern.m - (pattern.n or 0), pattern.m)
-    columns = scores.shape[1]
-    return reference.smallest_in_groups(scores, round(pattern.fraction * columns), columns)
+def _by_score(method: str, scores: Tensor, target: Target) -> Tensor:
+    """Mask `[rows, columns]` of the smallest scores of each part, or of each m columns of a row."""
+    n, m = _n_of_m(target)
+    if m:
+        return reference.smallest_in_groups(scores, m - n, m)
+    counts = zeros_in_parts(target, method, *scores.shape)
+    if len(counts) == 1:
+        return reference.smallest(scores, counts[0])
+    return reference.smallest_in_rows(scores, counts)
 
 
 def _masked(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:

@@ -31,6 +31,7 @@ def render(run: RunRecord, repo_id: str | None = None) -> str:
         "run": run,
         "sparsity": _sparsity(run),
         "by_module": run.config.sparsity.by_module,
+        "owl": _owl(run),
         "loss": _loss(run),
         "capabilities": _capability_rows(run),
         "total": _total(run),
@@ -66,6 +67,17 @@ def _sparsity(run: RunRecord) -> str:
         return str(run.config.sparsity)
     left = sum(math.prod(entry.shape) for entry in run.prune.untouched if entry.reason.startswith(LEFT_DENSE))
     return f"{sum(layer.zeros_asked for layer in run.prune.layers) / (run.prune.weights + left):.1%}"
+
+
+def _owl(run: RunRecord) -> str:
+    """What outlier-weighted allocation gave the modules; empty where it was not asked for."""
+    if run.config.allocation != "owl":
+        return ""
+    shares = [layer.zeros_asked / math.prod(layer.shape) for layer in run.prune.layers]
+    return (
+        f"Blocks with more outliers lose less (OWL, arXiv:2310.05175): of a matrix {_percent(min(shares))} to "
+        f"{_percent(max(shares))} were asked, in total as many as without it."
+    )
 
 
 def _metadata(run: RunRecord) -> ModelCardData:

@@ -52,6 +52,16 @@ def test_sparsity_by_module_is_named_by_its_share_and_listed(run: RunRecord) -> 
     assert "- model.layers.0.mlp.gate_proj.weight: left dense, as asked by '*.gate_proj'\n" in folded
 
 
+def test_owl_is_named_with_what_it_asked_of_the_modules(run: RunRecord) -> None:
+    up, down = run.prune.layers
+    prune = replace(run.prune, layers=(replace(up, zeros_asked=64), replace(down, zeros_asked=90)))
+    text = render(replace(run, config=replace(run.config, allocation="owl"), prune=prune))
+    assert (
+        "weights are zero (61.33 %). Blocks with more outliers lose less (OWL, arXiv:2310.05175): of a matrix 50.0 % to "
+        "70.3 % were asked, in total as many as without it.\n\nHessians that" in text
+    )
+
+
 def test_the_metadata_is_valid_and_claims_nothing_of_the_base(run: RunRecord) -> None:
     data = ModelCard(render(run)).data
     assert data.base_model == "someone/tiny"

@@ -32,6 +32,11 @@ def test_sparsity_by_module_is_written_so_that_a_shell_leaves_it_alone() -> None
     assert "--sparsity '*.mlp.*=" in command(config, BaseModel("pocket"), [])
 
 
+def test_an_allocation_is_written_where_it_is_not_the_default() -> None:
+    assert "--allocation owl" in command(CalibPruneConfig("pocket", allocation="owl"), BaseModel("pocket"), [])
+    assert "--allocation" not in command(CalibPruneConfig("pocket"), BaseModel("pocket"), [])
+
+
 def test_data_in_memory_cannot_be_named_and_the_command_says_so() -> None:
     config = CalibPruneConfig("pocket", sources=("notes",))
     line = command(config, BaseModel("pocket"), [CalibrationSource("notes", "math")])
