@@ -47,6 +47,7 @@ def make_plan(
     return Plan(
         model=config.model,
         pattern=config.sparsity,
+        allocation=config.allocation,
         method=config.method,
         mix=config.mix,
         sources=tuple(sources),
@@ -56,7 +57,7 @@ def make_plan(
         blocks=len(groups),
         modules=len(modules),
         weights=sum(m.weight.numel() for m in modules),
-        untouched=blocks.untouched(model, groups),
+        untouched=blocks.untouched(model, groups, config.sparsity),
         capabilities=tuple(capabilities),
         micro_batch=config.micro_batch,
         resident=resident,
@@ -95,6 +96,7 @@ def _seconds(
     """Of the pruning stage: products and the sweep at rates measured here and now."""
     assert config.samples and config.length
     tokens = config.samples * config.length
+    forwards = 1 + replays + (config.allocation == "owl")
     solutions = 1 + ROUNDS if config.mix.kind == "balanced" and config.mix.option("worst") else 1
     forward_rate, solve_rate = _product_rate(model.dtype, model.device), _product_rate(torch.float32, model.device)
     rows = max(blocks.weight_of(m).shape[0] for block in groups for group in block for m in group.modules)
@@ -104,7 +106,7 @@ def _seconds(
         for group in block:
             columns = group.columns
             outputs = sum(blocks.weight_of(m).shape[0] for m in group.modules)
-            seconds += (1 + replays) * 2 * tokens * columns * outputs / forward_rate
+            seconds += forwards * 2 * tokens * columns * outputs / forward_rate
             seconds += tokens * columns**2 / solve_rate  # one triangle of the Hessian
             seconds += (
                 solutions * (2 / 3 * columns**3 + 3 * outputs * columns**2) / solve_rate

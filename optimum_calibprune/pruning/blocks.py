@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..records import SparsityPattern, Untouched
+from ..records import LEFT_DENSE, Sparsity, SparsityPattern, Untouched
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def prunable(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
+def check_model(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
     """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
-    check_structure(model, pattern)
+    check_structure(model, sparsity)
     home = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.device != home:
@@ -122,7 +122,7 @@ def _pruned_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {f"{blocks_name}.{i}.{n}": module for i, b in enumerate(blocks) for n, module in prunable(b).items()}
 
 
-def check_structure(model: PreTrainedModel, pattern: SparsityPattern) -> None:
+def check_structure(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
     """The part of `check_model` that needs no weights, for a model on the meta device."""
     check_config(model.config)
     blocks_name, blocks = find_blocks(model)
@@ -137,9 +137,11 @@ def check_structure(model: PreTrainedModel, pattern: SparsityPattern) -> None:
     pruned = _pruned_modules(model)
     if not pruned:
         raise ValueError(f"The blocks of {type(model).__name__} hold no linear layer that can be pruned.")
+    sparsity = Sparsity.parse(sparsity)
+    sparsity.check(pruned)
     for full, module in pruned.items():
-        columns = weight_of(module).shape[1]
-        if pattern.m is not None and columns % pattern.m:
+        columns, pattern = weight_of(module).shape[1], sparsity.of(full)
+        if pattern is not None and pattern.m is not None and columns % pattern.m:
             raise ValueError(f"{full} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
 
 
@@ -175,9 +177,12 @@ def _short_text(model: PreTrainedModel) -> Tensor:
     return torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
 
 
-def untouched(model: PreTrainedModel, groups: list[list[InputGroup]]) -> tuple[Untouched, ...]:
-    """Every matrix outside `groups`, and why it stays dense."""
+def untouched(
+    model: PreTrainedModel, groups: list[list[InputGroup]], sparsity: Sparsity | None = None
+) -> tuple[Untouched, ...]:
+    """Every matrix outside `groups`, and why it stays dense; `sparsity` says which of them were left out on purpose."""
     blocks_name, _ = find_blocks(model)
+    left_dense = _left_dense(model, sparsity) if sparsity is not None else {}
     pruned = {id(m.weight) for block in groups for group in block for m in group.modules}
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     entries = []
@@ -190,6 +195,8 @@ def untouched(model: PreTrainedModel, groups: list[list[InputGroup]]) -> tuple[U
             reason = "the output head, which is never pruned"
         elif not name.startswith(f"{blocks_name}."):
             reason = "outside the decoder blocks"
+        elif id(parameter) in left_dense:
+            reason = f"{LEFT_DENSE}{left_dense[id(parameter)]!r}"
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
             reason = "not reached by a forward pass, or shared with another module"
         else:
@@ -198,14 +205,22 @@ def untouched(model: PreTrainedModel, groups: list[list[InputGroup]]) -> tuple[U
     return tuple(entries)
 
 
+def _left_dense(model: PreTrainedModel, sparsity: Sparsity) -> dict[int, str]:
+    """Which weights are to stay dense, by their id, and the glob that says so."""
+    modules = _pruned_modules(model).items()
+    return {id(module.weight): sparsity.glob_of(name) for name, module in modules if sparsity.of(name) is None}
+
+
 @torch.no_grad()
-def find_groups(model: PreTrainedModel) -> list[list[InputGroup]]:
-    """The input groups of each block, found by one short forward and by the identity of the tensors that arrive.
+def find_groups(model: PreTrainedModel, sparsity: Sparsity | None = None) -> list[list[InputGroup]]:
+    """The input groups of each block, found by one short forward and by the identity of the tensors that arrive; modules
+    that `sparsity` leaves dense belong to none.
 
     The model is put into eval mode: dropout would split the groups.
     """
     model.eval()
     _, blocks = find_blocks(model)
+    left_dense = _left_dense(model, sparsity) if sparsity is not None else {}
     seen: list[list[tuple[str, nn.Module, Tensor]]] = [[] for _ in blocks]
     everywhere = model.named_modules(remove_duplicate=False)
     owners = Counter(id(parameter) for _, module in everywhere for parameter in module.parameters(recurse=False))
@@ -216,12 +231,14 @@ def find_groups(model: PreTrainedModel) -> list[list[InputGroup]]:
 
     for i, block in enumerate(blocks):
         for name, module in prunable(block).items():
-            if owners[id(module.weight)] == 1:
+            if owners[id(module.weight)] == 1 and id(module.weight) not in left_dense:
                 handles.append(module.register_forward_pre_hook(record(i, name)))
     with _hooks(handles):
         model(input_ids=_short_text(model), use_cache=False)
     if not any(seen):
-        raise ValueError(f"All linear layers of {type(model).__name__} are shared; such models cannot be pruned yet.")
+        raise ValueError(
+            f"All linear layers of {type(model).__name__} are shared, or left dense; such models cannot be pruned yet."
+        )
     return [_by_input(calls) for calls in seen]
 
 
@@ -323,6 +340,16 @@ def capture(
 def embed(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Tensor:
     """Hidden states that enter the first block, `[samples, length, width]`."""
     return capture(model, input_ids, device, count=1)[0]
+
+
+def enter(
+    model: PreTrainedModel, input_ids: Tensor, micro_batch: int, device: torch.device
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """For each micro-batch of `[samples, length]`: the hidden states that enter the first block, and each block's `Call`."""
+    batches = list(input_ids.split(micro_batch))
+    shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
+    calls = {size: capture(model, batch, device)[1] for size, batch in shapes.items()}
+    return [embed(model, batch, device) for batch in batches], [calls[len(batch)] for batch in batches]
 
 
 def _run_until_stopped(model: PreTrainedModel, input_ids: Tensor) -> None:

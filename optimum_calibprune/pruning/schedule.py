@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..records import CalibrationSet, LayerReport, SparsityPattern
+from ..records import CalibrationSet, LayerReport, Sparsity
 from . import blocks
 from .balance import Balance, improve_worst
 from .blocks import Call, InputGroup
 from .forward import Forward, wait_before
 from .hessian import Hessian, NotFinite
-from .sparsegpt import Solution, solve_together
+from .sparsegpt import Solution, Target, solve_together
 
 
 Progress = Callable[[int, int, str], None]
@@ -32,14 +32,25 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed."""
+    """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed.
+    `zeros` says how many each module gets, where `allocation.owl` has counted them; else its pattern says so."""
 
-    pattern: SparsityPattern
+    sparsity: Sparsity
     method: str = "sparsegpt"
     damping: float = 0.01
     sequential: str = "module"
     micro_batch: int = 1
     resident: int | None = None
+    zeros: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
+
+    def target_of(self, module: str) -> Target:
+        """What a module that is in a group is pruned to."""
+        target = self.sparsity.of(module) if self.zeros is None else self.zeros[module]
+        assert target is not None, f"{module} is left dense, and yet in a group"
+        return target
 
 
 def resident_micro_batches(
@@ -87,7 +98,7 @@ def prune_blocks(
     Args:
         model: in memory, put into eval mode; on another device than `device`, its blocks are moved there one at a time.
         calibration: token ids `[samples, length]`, used in their order.
-        groups: of `blocks.find_groups`, where the caller has them already.
+        groups: of `blocks.find_groups` with the same sparsity, where the caller has them already.
         on_progress: called with (modules done, modules in all, name of the module).
         cancelled: asked before each group of modules; True raises `Cancelled`.
 
@@ -98,14 +109,11 @@ def prune_blocks(
     name, model_blocks = blocks.find_blocks(model)
     home = next(model_blocks.parameters()).device
     device = device or home
-    groups = groups if groups is not None else blocks.find_groups(model)
+    groups = groups if groups is not None else blocks.find_groups(model, settings.sparsity)
     step = settings.micro_batch
     ids = torch.from_numpy(calibration.input_ids.copy())
-    batches = list(ids.split(step))
     balance = Balance.of(calibration, step, device)
-    shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
-    calls = {size: blocks.capture(model, batch, device)[1] for size, batch in shapes.items()}
-    hidden = [blocks.embed(model, batch, device) for batch in batches]
+    hidden, calls = blocks.enter(model, ids, step, device)
     resident = settings.resident
     if resident is None:
         resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
@@ -117,10 +125,10 @@ def prune_blocks(
             name=f"{name}.{i}",
             groups=groups[i],
             hidden=hidden,
-            calls=[calls[len(batch)][i] for batch in batches],
+            calls=[of_all[i] for of_all in calls],
             balance=balance,
             step=step,
-            resident=min(resident, len(batches)),
+            resident=min(resident, len(hidden)),
             settings=settings,
         )
         reports: list[LayerReport] = []
@@ -279,17 +287,18 @@ class _BlockWalk:
         )
 
     def _solve(self, group: InputGroup, hessians: Sequence[Hessian]) -> list[Solution]:
-        pattern, method, damping = self.settings.pattern, self.settings.method, self.settings.damping
+        method, damping = self.settings.method, self.settings.damping
         weights = [blocks.weight_of(module) for module in group.modules]
         names = [f"{self.name}.{name}" for name in group.names]
+        targets = [self.settings.target_of(name) for name in names]
         hessian = self.balance.combine(hessians)
-        solutions = solve_together(weights, hessian, pattern, method=method, damping=damping, names=names)
+        solutions = solve_together(weights, hessian, targets, method=method, damping=damping, names=names)
         if self.balance.normalise != "minimax":
             return solutions
         shares = self.balance.weights
         return [
-            improve_worst(W, first, hessians, shares, pattern, method=method, damping=damping)
-            for W, first in zip(weights, solutions, strict=True)
+            improve_worst(W, first, hessians, shares, target, method=method, damping=damping)
+            for W, first, target in zip(weights, solutions, targets, strict=True)
         ]
 
 
