@@ -16,22 +16,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..records import SparsityPattern, Untouched
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Modules of one block that read the same tensor and so share one Hessian, in the order in which they run."""
-
-    names: tuple[str, ...]
-    modules: tuple[nn.Module, ...]
-
-    @property
-    def columns(self) -> int:
-        return weight_of(self.modules[0]).shape[1]
-
-    @property
-    def rows(self) -> int:
-        return sum(weight_of(module).shape[0] for module in self.modules)
+from .stops import (
+    Experts,
+    InputGroup,
+    Stop,
+    columns_of,
+    fused,
+    is_fused,
+    is_linear,
+    is_router,
+    matrices_of,
+    prunable,
+    weight_of,
+)
 
 
 @dataclass(frozen=True)
@@ -83,24 +80,6 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, module
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight as `[outputs, inputs]`; a view, whichever way the module stores it."""
-    weight = module.weight.data
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
-def prunable(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of one block, by their name inside it; `nn.Linear`, its subclasses, and GPT-2's `Conv1D`."""
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and isinstance(module.weight, nn.Parameter)  # not where a parametrisation computes it anew at each access
-        and module.weight.ndim == 2
-        and module.weight.is_floating_point()
-    }
-
-
 def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
     """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
     check_structure(model, pattern)
@@ -111,36 +90,61 @@ def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
                 f"{name} is on {parameter.device}: offloaded, or apart from the rest. Edits of it would be lost; load the "
                 "model on one device, without device_map or offloading."
             )
-    for name, module in _pruned_modules(model).items():
-        if not bool(module.weight.isfinite().all()):
-            raise ValueError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged.")
+    for name, parameter in _pruned_parameters(model).items():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")
     _check_replay(model)
 
 
-def _pruned_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _pruned_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     blocks_name, blocks = find_blocks(model)
-    return {f"{blocks_name}.{i}.{n}": module for i, b in enumerate(blocks) for n, module in prunable(b).items()}
+    found = {}
+    for i, block in enumerate(blocks):
+        found |= {f"{blocks_name}.{i}.{name}.weight": module.weight for name, module in prunable(block).items()}
+        for name, module in fused(block).items():
+            found |= {f"{blocks_name}.{i}.{name}.{key}": tensor for key, tensor in matrices_of(module).items()}
+    return found
 
 
 def check_structure(model: PreTrainedModel, pattern: SparsityPattern) -> None:
     """The part of `check_model` that needs no weights, for a model on the meta device."""
     check_config(model.config)
     blocks_name, blocks = find_blocks(model)
-    for name, module in blocks.named_modules():
-        full = f"{blocks_name}.{name}"
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d):
-                raise ValueError(
-                    f"{full}.{key} holds several matrices in one tensor of shape {tuple(parameter.shape)}, as fused experts "
-                    "do. They cannot be pruned yet, and pruning the rest alone would leave much of the model dense."
-                )
-    pruned = _pruned_modules(model)
+    pruned = _pruned_parameters(model)
     if not pruned:
         raise ValueError(f"The blocks of {type(model).__name__} hold no linear layer that can be pruned.")
-    for full, module in pruned.items():
-        columns = weight_of(module).shape[1]
-        if pattern.m is not None and columns % pattern.m:
-            raise ValueError(f"{full} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
+    _check_whole(model, pruned)
+    for i, block in enumerate(blocks):
+        for name, columns in columns_of(block).items():
+            if pattern.m is not None and columns % pattern.m:
+                raise ValueError(
+                    f"{blocks_name}.{i}.{name} has {columns} columns, which m = {pattern.m} of {pattern} does not divide."
+                )
+
+
+def _check_whole(model: PreTrainedModel, pruned: dict[str, nn.Parameter]) -> None:
+    """Raises where matrices would stay dense that are no linear layers but do their work: fused experts of another
+    layout, or any other weights in which a block has more than in its linear layers."""
+    blocks_name, blocks = find_blocks(model)
+    left: dict[str, nn.Parameter] = {}
+    for path, module in blocks.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{blocks_name}.{path}.{key}"
+            if name in pruned or parameter.ndim < 2 or isinstance(module, nn.Conv1d):
+                continue
+            if parameter.ndim >= 3:
+                raise ValueError(
+                    f"{name} holds several matrices in one tensor of shape {tuple(parameter.shape)}, in a layout that is "
+                    "not known. They cannot be pruned, and pruning the rest alone would leave much of the model dense."
+                )
+            left[name] = parameter
+    size = sum(parameter.numel() for parameter in left.values())
+    if size > sum(parameter.numel() for parameter in pruned.values()):
+        largest = max(left, key=lambda name: left[name].numel())
+        raise ValueError(
+            f"Most weights of {type(model).__name__} are not in linear layers: {largest}, for example, of shape "
+            f"{tuple(left[largest].shape)}. They cannot be pruned, and pruning the rest alone would leave the model dense."
+        )
 
 
 @torch.no_grad()
@@ -175,69 +179,101 @@ def _short_text(model: PreTrainedModel) -> Tensor:
     return torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
 
 
-def untouched(model: PreTrainedModel, groups: list[list[InputGroup]]) -> tuple[Untouched, ...]:
+def untouched(model: PreTrainedModel, groups: list[list[Stop]]) -> tuple[Untouched, ...]:
     """Every matrix outside `groups`, and why it stays dense."""
-    blocks_name, _ = find_blocks(model)
-    pruned = {id(m.weight) for block in groups for group in block for m in group.modules}
+    pruned: set[int] = set()
+    for stop in (stop for block in groups for stop in block):
+        modules = [stop.module] if isinstance(stop, Experts) else stop.modules
+        pruned |= {id(parameter) for module in modules for parameter in module.parameters()}
+    return tuple(
+        Untouched(name, tuple(parameter.shape), _why_untouched(model, name, parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in pruned
+    )
+
+
+def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> str:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    entries = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in pruned:
-            continue
-        if embeddings is not None and parameter is embeddings.weight:
-            reason = "embeddings, which are never pruned"
-        elif head is not None and parameter is getattr(head, "weight", None):
-            reason = "the output head, which is never pruned"
-        elif not name.startswith(f"{blocks_name}."):
-            reason = "outside the decoder blocks"
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
-            reason = "not reached by a forward pass, or shared with another module"
-        else:
-            reason = "not a linear layer"
-        entries.append(Untouched(name, tuple(parameter.shape), reason))
-    return tuple(entries)
+    blocks_name, blocks = find_blocks(model)
+    if embeddings is not None and parameter is embeddings.weight:
+        return "embeddings, which are never pruned"
+    if head is not None and parameter is getattr(head, "weight", None):
+        return "the output head, which is never pruned"
+    if not name.startswith(f"{blocks_name}."):
+        return "outside the decoder blocks"
+    number, _, path = name.removeprefix(f"{blocks_name}.").rpartition(".")[0].partition(".")
+    block = blocks[int(number)]
+    module = block.get_submodule(path)
+    if parameter is getattr(module, "weight", None) and is_router(block, path):
+        return "a router, which is never pruned"
+    if not isinstance(module, nn.Linear | Conv1D):
+        return "not a linear layer"
+    if is_linear(module) and len(weight_of(module)) == 1:
+        return "a gate of one output, which is never pruned"
+    return "not reached by a forward pass, or shared with another module"
 
 
 @torch.no_grad()
-def find_groups(model: PreTrainedModel) -> list[list[InputGroup]]:
-    """The input groups of each block, found by one short forward and by the identity of the tensors that arrive.
+def find_groups(model: PreTrainedModel) -> list[list[Stop]]:
+    """The stops of each block: fused experts, and linear layers grouped by the identity of the tensors that arrive, found
+    by one short forward.
 
     The model is put into eval mode: dropout would split the groups.
     """
     model.eval()
-    _, blocks = find_blocks(model)
-    seen: list[list[tuple[str, nn.Module, Tensor]]] = [[] for _ in blocks]
+    blocks_name, blocks = find_blocks(model)
+    seen: list[list[_Seen]] = [[] for _ in blocks]
     everywhere = model.named_modules(remove_duplicate=False)
     owners = Counter(id(parameter) for _, module in everywhere for parameter in module.parameters(recurse=False))
     handles = []
-
-    def record(i: int, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: seen[i].append((name, module, args[0]))
-
     for i, block in enumerate(blocks):
-        for name, module in prunable(block).items():
-            if owners[id(module.weight)] == 1:
-                handles.append(module.register_forward_pre_hook(record(i, name)))
+        for name, module in (prunable(block) | fused(block)).items():
+            if all(owners[id(parameter)] == 1 for parameter in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(_record(seen[i], name), with_kwargs=True))
     with _hooks(handles):
         model(input_ids=_short_text(model), use_cache=False)
     if not any(seen):
         raise ValueError(f"All linear layers of {type(model).__name__} are shared; such models cannot be pruned yet.")
+    for i, block in enumerate(blocks):
+        for name in fused(block).keys() - {entry[0] for entry in seen[i]}:
+            raise ValueError(
+                f"{blocks_name}.{i}.{name} is not reached by a forward pass, or is shared with another block. Such experts "
+                "cannot be pruned yet."
+            )
     return [_by_input(calls) for calls in seen]
 
 
-def _by_input(calls: list[tuple[str, nn.Module, Tensor]]) -> list[InputGroup]:
+_Seen = tuple[str, nn.Module, Any]  # a module's name, itself, and what it was called with
+
+
+def _record(seen: list[_Seen], name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((name, module, (args, kwargs) if is_fused(module) else args[0]))
+
+    return called
+
+
+def _by_input(calls: list[_Seen]) -> list[Stop]:
+    """The stops in the order in which a forward first comes to them."""
     names = [name for name, _, _ in calls]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} runs more than once in one forward of its block; such models cannot be pruned yet.")
-    groups: list[tuple[Tensor, list[tuple[str, nn.Module]]]] = []
+    groups: list[tuple[Any, list[tuple[str, nn.Module]]]] = []
     for name, module, x in calls:
         members = next((members for y, members in groups if y is x), None)
         if members is None:
             groups.append((x, [(name, module)]))
         else:
             members.append((name, module))
-    return [InputGroup(tuple(n for n, _ in members), tuple(m for _, m in members)) for _, members in groups]
+    return [_stop(*zip(*members, strict=True), x) for x, members in groups]
+
+
+def _stop(names: tuple[str, ...], modules: tuple[nn.Module, ...], called: Any) -> Stop:
+    if not is_fused(modules[0]):
+        return InputGroup(names, modules)
+    _, index = Experts(names[0], modules[0], per_token=1).read(*called)
+    return Experts(names[0], modules[0], per_token=index.shape[-1])
 
 
 # --------------------------------------------------------------------------------- one block at a time
