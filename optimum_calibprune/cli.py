@@ -101,6 +101,7 @@ def plan_text(plan: Plan) -> str:
         reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
     dense = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "none"
     owl = ["  allocation     owl: blocks with more outliers lose less, the total is the same"]
+    experts = f", with those of {plan.experts:,} experts," if plan.experts else ""
     forward = "one forward" if plan.replays == 0 else f"{plan.replays} replays a block"
     return "\n".join(
         [
@@ -112,7 +113,7 @@ def plan_text(plan: Plan) -> str:
                 if plan.written
                 else []
             ),
-            f"  pruned         {plan.modules} linear layers in {plan.blocks} blocks, {plan.weights:,} weights",
+            f"  pruned         {plan.modules:,} linear layers{experts} in {plan.blocks} blocks, {plan.weights:,} weights",
             f"  left dense     {dense}",
             f"  arithmetic     micro-batches of {plan.micro_batch}, {forward}, on {plan.device}",
             *(f"  memory         {size / 2**20:,.0f} MiB {place}" for place, size in plan.memory.items()),
@@ -169,7 +170,7 @@ class PruneCommand(_Command):
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
         with errors(BAD_ARGUMENTS):
-            from .publishing.card import not_measured, retention_table, upper_bound
+            from .publishing.card import not_measured, retention_table, starved_experts, upper_bound
             from .publishing.hub import check_output
 
             check_output(arguments.output, arguments.overwrite)
@@ -187,6 +188,8 @@ class PruneCommand(_Command):
                 say("\n" + table(retention_table(record)))
                 for line in not_measured(record):
                     say(f"Not measured: {line}")
+                if starved_experts(record):
+                    say(f"Starved: {starved_experts(record)}")
                 if upper_bound(record):
                     say(f"An upper bound: {upper_bound(record)} come from the generator of the probes.")
                 say(f"\nSaved to {arguments.output} ({record.prune.zeros / record.prune.weights:.2%} zeros).")

@@ -12,9 +12,9 @@ import torch
 
 from .pruning import blocks, schedule
 from .pruning.balance import ROUNDS
-from .pruning.blocks import InputGroup
 from .pruning.kernels import kernels_for
 from .pruning.sparsegpt import BLOCK
+from .pruning.stops import Experts, Stop
 from .records import CalibPruneConfig, Plan
 from .values import CAPABILITIES
 
@@ -29,7 +29,7 @@ COLUMN_SECONDS = 20e-6  # of one column step of the sweep on a matrix without ro
 def make_plan(
     model: PreTrainedModel,
     config: CalibPruneConfig,
-    groups: list[list[InputGroup]],
+    groups: list[list[Stop]],
     sources: Sequence[str],
     written: int,
     capabilities: Sequence[str],
@@ -43,7 +43,7 @@ def make_plan(
     replayed = 1.0 - resident / micro_batches
     most_groups = max(len(block) for block in groups)
     replays = 0 if replayed == 0 else 1 if config.sequential == "block" else most_groups
-    modules = [m for block in groups for group in block for m in group.modules]
+    stops = [stop for block in groups for stop in block]
     return Plan(
         model=config.model,
         pattern=config.sparsity,
@@ -55,8 +55,9 @@ def make_plan(
         length=config.length,
         written=written * config.length,
         blocks=len(groups),
-        modules=len(modules),
-        weights=sum(m.weight.numel() for m in modules),
+        modules=sum(len(stop.names) for stop in stops),
+        experts=sum(stop.count for stop in stops if isinstance(stop, Experts)),
+        weights=sum(given.rows * given.columns for stop in stops for given in stop.inputs),
         untouched=blocks.untouched(model, groups, config.sparsity),
         capabilities=tuple(capabilities),
         micro_batch=config.micro_batch,
@@ -69,49 +70,47 @@ def make_plan(
 
 
 def _memory(
-    model: PreTrainedModel, groups: list[list[InputGroup]], config: CalibPruneConfig, resident: int
+    model: PreTrainedModel, groups: list[list[Stop]], config: CalibPruneConfig, resident: int
 ) -> dict[str, int]:
     assert config.samples and config.length and config.micro_batch
     size = torch.finfo(model.dtype).bits // 8
     hidden = model.config.get_text_config(decoder=True).hidden_size
-    waiting = max(
-        sum(g.columns + sum(blocks.weight_of(m).shape[0] for m in g.modules) for g in block) for block in groups
-    )
+    stops = [stop for block in groups for stop in block]
+    waiting = max(sum(stop.width for stop in block) for block in groups)
     hessians = 1 + len(CAPABILITIES) if config.mix.kind == "balanced" else 1  # one a capability, and their sum
-    squares = (2 + hessians) * max(group.columns for block in groups for group in block) ** 2
-    if config.sequential == "block":  # which holds all Hessians of a block at once
-        squares += hessians * max(sum(group.columns**2 for group in block) for block in groups)
+    squares = (2 + hessians) * max(given.columns for stop in stops for given in stop.inputs) ** 2
+    if config.sequential == "block":  # which holds all Hessians of a block at once, and what the experts are sent
+        held = [[stop.columns for stop in block if not isinstance(stop, Experts)] for block in groups]
+        squares += hessians * max(sum(columns**2 for columns in block) for block in held)
+    sent = max((stop.columns for stop in stops if isinstance(stop, Experts)), default=0)
     place = model.device.type
-    return {
+    memory = {
         f"model on {place}": sum(p.numel() * p.element_size() for p in model.parameters()),
         f"hidden states on {place}": config.samples * config.length * hidden * size,
         f"waiting micro-batches on {place}": resident * config.micro_batch * config.length * waiting * size,
         f"Hessians and factor on {place}": 4 * squares,
     }
+    if sent:
+        memory[f"inputs of the experts on {place}"] = config.samples * config.length * sent * size
+    return memory
 
 
-def _seconds(
-    model: PreTrainedModel, groups: list[list[InputGroup]], config: CalibPruneConfig, replays: float
-) -> float:
+def _seconds(model: PreTrainedModel, groups: list[list[Stop]], config: CalibPruneConfig, replays: float) -> float:
     """Of the pruning stage: products and the sweep at rates measured here and now."""
     assert config.samples and config.length
     tokens = config.samples * config.length
     forwards = 1 + replays + (config.allocation == "owl")
     solutions = 1 + ROUNDS if config.mix.kind == "balanced" and config.mix.option("worst") else 1
     forward_rate, solve_rate = _product_rate(model.dtype, model.device), _product_rate(torch.float32, model.device)
-    rows = max(blocks.weight_of(m).shape[0] for block in groups for group in block for m in group.modules)
-    sweep_rate = _sweep_rate(min(rows, 8192), model.device)
+    inputs = [given for block in groups for stop in block for given in stop.inputs]
+    sweep_rate = _sweep_rate(min(max(given.rows for given in inputs), 8192), model.device)
     seconds = 0.0
-    for block in groups:
-        for group in block:
-            columns = group.columns
-            outputs = sum(blocks.weight_of(m).shape[0] for m in group.modules)
-            seconds += forwards * 2 * tokens * columns * outputs / forward_rate
-            seconds += tokens * columns**2 / solve_rate  # one triangle of the Hessian
-            seconds += (
-                solutions * (2 / 3 * columns**3 + 3 * outputs * columns**2) / solve_rate
-            )  # factor, updates, errors
-            seconds += solutions * (outputs * columns / sweep_rate + columns * COLUMN_SECONDS)
+    for given in inputs:
+        columns, outputs, arriving = given.columns, given.rows, tokens * given.share
+        products = 2 / 3 * columns**3 + 3 * outputs * columns**2  # factor, updates, errors of the report
+        seconds += forwards * 2 * arriving * columns * outputs / forward_rate
+        seconds += arriving * columns**2 / solve_rate  # one triangle of the Hessian
+        seconds += solutions * (products / solve_rate + outputs * columns / sweep_rate + columns * COLUMN_SECONDS)
     return seconds
 
 

@@ -240,7 +240,11 @@ class Mix(Record):
 
 @dataclass(frozen=True)
 class LayerReport(Record):
-    """One pruned module. `relative_error` is tr(D H D^T) / tr(W H W^T); `rescue` names what saved a bad Hessian."""
+    """One pruned matrix. `relative_error` is tr(D H D^T) / tr(W H W^T); `rescue` names what saved a bad Hessian.
+
+    Of an expert's matrix `routed` is the number of tokens that the router sent to the expert; where they were too few the
+    matrix is `starved`, and was pruned for all tokens of its layer.
+    """
 
     module: str
     shape: tuple[int, int]
@@ -253,6 +257,8 @@ class LayerReport(Record):
     tokens: float
     seconds: float
     kernel: str
+    routed: int | None = None
+    starved: bool = False
 
 
 @dataclass(frozen=True)
@@ -284,11 +290,22 @@ class PruneReport(Record):
     def weights(self) -> int:
         return sum(math.prod(layer.shape) for layer in self.layers)
 
+    @property
+    def experts(self) -> dict[str, bool]:
+        """The name of every expert, and whether one of its matrices was starved."""
+        found: dict[str, bool] = {}
+        for layer in self.layers:
+            if layer.routed is not None:
+                name = layer.module.rpartition(".")[0]
+                found[name] = found.get(name, False) or layer.starved
+        return found
+
 
 @dataclass(frozen=True)
 class Plan(Record):
-    """What a run will do, before it does it. `written` counts the tokens that the model writes for calibration; memory is in
-    bytes by place; seconds are an estimate from measured rates, of the pruning alone."""
+    """What a run will do, before it does it. `modules` counts the matrices that are pruned, those of `experts` among them;
+    `written` counts the tokens that the model writes for calibration; memory is in bytes by place; seconds are an estimate
+    from measured rates, of the pruning alone."""
 
     model: str
     pattern: Sparsity
@@ -310,6 +327,7 @@ class Plan(Record):
     seconds: float
     written: int = 0
     allocation: str = "uniform"
+    experts: int = 0
 
 
 # ---------------------------------------------------------------------------------------- capabilities

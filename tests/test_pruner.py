@@ -16,14 +16,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
 )
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
+from optimum_calibprune.cli import plan_text
 from optimum_calibprune.records import Scores
 
 
@@ -317,12 +320,55 @@ def test_dense_scores_of_other_tasks_are_refused_before_any_work() -> None:
 
 
 def test_a_model_that_cannot_be_pruned_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    MixtralConfig(num_hidden_layers=2, num_local_experts=4, hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds several matrices"):
+    Llama4TextConfig(num_hidden_layers=2, num_local_experts=4, hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.experts\.gate_up_proj holds several matrices"):
         CalibPruner.from_pretrained(str(tmp_path), capabilities="none")
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="of type 't5', which transformers has no causal language model for"):
         CalibPruner.from_pretrained(str(tmp_path), capabilities="none")
+
+
+def test_a_mixture_of_experts_is_planned_pruned_reported_and_saved(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        max_position_embeddings=64,
+    )
+    model = MixtralForCausalLM(config)
+    model.model.layers[0].mlp.gate.weight.data[2] = 0.0  # equal to the last but one in every token
+    model.model.layers[0].mlp.gate.weight.data[3] = 0.0
+    asked = CalibPruneConfig("mixture", samples=8, length=32, mix="uniform", capabilities="none", sequential="block")
+    texts = [f"Note {i}: {i} plus {i} is {2 * i}, as everyone knows." for i in range(200)]
+    pruner = CalibPruner(model, tokenizer, asked, sources={"notes:general": texts})
+    plan = pruner.plan()
+    assert (plan.modules, plan.experts) == (2 * (4 + 4 * 3), 8)
+    assert plan.weights == 2 * (32 * (32 + 16 + 16 + 32) + 4 * 3 * 32 * 48)
+    assert plan.memory["inputs of the experts on cpu"] == 8 * 32 * 32 * 4
+    assert "32 linear layers, with those of 8 experts, in 2 blocks" in plan_text(plan)
+    record = pruner.prune()
+    assert len(record.prune.layers) == plan.modules
+    assert (record.prune.weights, record.prune.zeros) == (plan.weights, plan.weights // 2)
+    assert len(record.prune.experts) == 8
+    assert record.prune.experts["model.layers.0.mlp.experts.3"], "ties go to the first"
+    pruner.save_pretrained(tmp_path / "sparse")
+    assert RunRecord.from_json((tmp_path / "sparse" / "calibprune.json").read_text()) == record
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert "of 8 experts were sent too few tokens for one of their matrices" in card
+    assert "| model.layers.1.mlp.experts.*.down_proj, 4 experts | 32 x 48 | 3072 | 3072 |" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert torch.equal(_logits(loaded), _logits(pruner.model))
+    weights = load_file(tmp_path / "sparse" / "model.safetensors")
+    zeros = {layer.module: layer.zeros_found for layer in record.prune.layers}
+    assert int((weights["model.layers.1.block_sparse_moe.experts.3.w2.weight"] == 0).sum()) == 32 * 48 // 2
+    assert zeros["model.layers.1.mlp.experts.3.down_proj"] == 32 * 48 // 2
 
 
 def test_a_mix_may_name_any_source_of_the_table() -> None:

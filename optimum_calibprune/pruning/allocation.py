@@ -19,6 +19,7 @@ from . import blocks
 from .blocks import Call, InputGroup
 from .schedule import Cancelled, Progress, Settings
 from .sparsegpt import zeros_in_parts
+from .stops import Experts, Stop
 
 
 OUTLIER = 5.0  # M: a weight whose metric exceeds so many times its block's mean is an outlier
@@ -39,7 +40,7 @@ def owl(
     model: PreTrainedModel,
     calibration: CalibrationSet,
     settings: Settings,
-    groups: list[list[InputGroup]],
+    groups: list[list[Stop]],
     *,
     device: torch.device | None = None,
     on_progress: Progress | None = None,
@@ -55,6 +56,7 @@ def owl(
         groups: of `blocks.find_groups` with the same sparsity.
         on_progress: called with (blocks done, blocks, name of the block); cancelled: asked before each of them.
     """
+    check_owl(groups)
     name, _ = blocks.find_blocks(model)
     shares = outlier_shares(model, calibration, settings.micro_batch, groups, device, on_progress, cancelled)
     matrices = {}
@@ -65,6 +67,14 @@ def owl(
             zeros = sum(zeros_in_parts(settings.target_of(full), settings.method, *shape))
             matrices[full] = Matrix(i, shape.numel(), zeros)
     return dict(zip(matrices, move_zeros(list(matrices.values()), shares), strict=True))
+
+
+def check_owl(groups: list[list[Stop]]) -> None:
+    """Raises `ValueError` for mixtures of experts, whose outliers nothing here counts."""
+    if any(isinstance(stop, Experts) for block in groups for stop in block):
+        raise ValueError(
+            "allocation='owl' is not known for mixtures of experts; take 'uniform', or a sparsity by module."
+        )
 
 
 def move_zeros(matrices: Sequence[Matrix], shares: Mapping[int, float]) -> list[int]:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -82,9 +82,52 @@ class Balance:
             finite.append(hessian.finite)
         return torch.stack(finite).all()
 
+    def add_rows(self, hessians: Sequence[Hessian], micro_batch: int, x: Tensor, samples: Tensor) -> Tensor:
+        """The same for some tokens of a micro-batch: their inputs `[tokens, columns]`, and the position in it of the sample
+        that each is from."""
+        for share in self.batches[micro_batch]:
+            mine = slice(None) if share.samples is None else torch.isin(samples, share.samples)
+            rows, positions = x[mine], samples[mine]
+            if share.samples is not None:
+                positions = torch.searchsorted(share.samples, positions)
+            if len(rows):
+                weights = None if share.weights is None else share.weights[positions.cpu()]
+                hessians[share.hessian].add(rows, weights)
+        return torch.stack([hessian.finite for hessian in hessians]).all()
+
     def combine(self, hessians: Sequence[Hessian]) -> Hessian:
         """The one Hessian that the solver sees (for `"minimax"`: sees first)."""
         return hessians[0] if self.normalise == "none" else Hessian.balanced(hessians, self.weights)
+
+
+@dataclass
+class Arrived:
+    """What has arrived at one input: its Hessians, and after each micro-batch a flag on the device, whether they were
+    finite. Nobody waits for the flags unless they are wanted.
+
+    `again(i)` gives what micro-batch i brought, `[tokens, columns]`, and the position in it of each token's sample.
+    """
+
+    balance: Balance
+    hessians: list[Hessian]
+    again: Callable[[int], tuple[Tensor, Tensor]]
+    finite: list[Tensor] = field(default_factory=list)
+
+    def add(self, micro_batch: int, x: Tensor) -> None:
+        """Adds the inputs `[samples, length, columns]` of one micro-batch."""
+        self.finite.append(self.balance.add(self.hessians, micro_batch, x))
+
+    def add_rows(self, micro_batch: int, x: Tensor, samples: Tensor) -> None:
+        """Adds some of its tokens, see `Balance.add_rows`."""
+        self.finite.append(self.balance.add_rows(self.hessians, micro_batch, x, samples))
+
+    def not_finite_from(self) -> tuple[int, int]:
+        """The micro-batch, and in it the sample, after which the Hessians were not finite."""
+        micro_batch = int((~torch.stack(self.finite)).nonzero()[0])
+        x, samples = self.again(micro_batch)
+        largest = x.abs().amax(dim=1)  # NaN where a token holds one
+        bad = (~largest.isfinite()).nonzero().flatten()
+        return micro_batch, int(samples[bad[0] if len(bad) else largest.argmax()])
 
 
 @torch.no_grad()

@@ -16,22 +16,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..records import LEFT_DENSE, Sparsity, SparsityPattern, Untouched
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Modules of one block that read the same tensor and so share one Hessian, in the order in which they run."""
-
-    names: tuple[str, ...]
-    modules: tuple[nn.Module, ...]
-
-    @property
-    def columns(self) -> int:
-        return weight_of(self.modules[0]).shape[1]
-
-    @property
-    def rows(self) -> int:
-        return sum(weight_of(module).shape[0] for module in self.modules)
+from .stops import (
+    Experts,
+    InputGroup,
+    Stop,
+    columns_of,
+    fused,
+    is_fused,
+    is_linear,
+    is_router,
+    matrices_of,
+    prunable,
+    weight_of,
+)
 
 
 @dataclass(frozen=True)
@@ -83,24 +80,6 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, module
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight as `[outputs, inputs]`; a view, whichever way the module stores it."""
-    weight = module.weight.data
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
-def prunable(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of one block, by their name inside it; `nn.Linear`, its subclasses, and GPT-2's `Conv1D`."""
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and isinstance(module.weight, nn.Parameter)  # not where a parametrisation computes it anew at each access
-        and module.weight.ndim == 2
-        and module.weight.is_floating_point()
-    }
-
-
 def check_model(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
     """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
     check_structure(model, sparsity)
@@ -111,38 +90,65 @@ def check_model(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) ->
                 f"{name} is on {parameter.device}: offloaded, or apart from the rest. Edits of it would be lost; load the "
                 "model on one device, without device_map or offloading."
             )
-    for name, module in _pruned_modules(model).items():
-        if not bool(module.weight.isfinite().all()):
-            raise ValueError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged.")
+    for name, parameter in _pruned_parameters(model).items():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")
     _check_replay(model)
 
 
-def _pruned_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _pruned_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     blocks_name, blocks = find_blocks(model)
-    return {f"{blocks_name}.{i}.{n}": module for i, b in enumerate(blocks) for n, module in prunable(b).items()}
+    found = {}
+    for i, block in enumerate(blocks):
+        found |= {f"{blocks_name}.{i}.{name}.weight": module.weight for name, module in prunable(block).items()}
+        for name, module in fused(block).items():
+            found |= {f"{blocks_name}.{i}.{name}.{key}": tensor for key, tensor in matrices_of(module).items()}
+    return found
 
 
 def check_structure(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
     """The part of `check_model` that needs no weights, for a model on the meta device."""
     check_config(model.config)
     blocks_name, blocks = find_blocks(model)
-    for name, module in blocks.named_modules():
-        full = f"{blocks_name}.{name}"
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d):
-                raise ValueError(
-                    f"{full}.{key} holds several matrices in one tensor of shape {tuple(parameter.shape)}, as fused experts "
-                    "do. They cannot be pruned yet, and pruning the rest alone would leave much of the model dense."
-                )
-    pruned = _pruned_modules(model)
+    pruned = _pruned_parameters(model)
     if not pruned:
         raise ValueError(f"The blocks of {type(model).__name__} hold no linear layer that can be pruned.")
+    _check_whole(model, pruned)
     sparsity = Sparsity.parse(sparsity)
-    sparsity.check(pruned)
-    for full, module in pruned.items():
-        columns, pattern = weight_of(module).shape[1], sparsity.of(full)
-        if pattern is not None and pattern.m is not None and columns % pattern.m:
-            raise ValueError(f"{full} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
+    columns = {
+        f"{blocks_name}.{i}.{name}": n for i, block in enumerate(blocks) for name, n in columns_of(block).items()
+    }
+    sparsity.check(list(columns))
+    _left_dense(model, sparsity)
+    for name, count in columns.items():
+        pattern = sparsity.of(name)
+        if pattern is not None and pattern.m is not None and count % pattern.m:
+            raise ValueError(f"{name} has {count} columns, which m = {pattern.m} of {pattern} does not divide.")
+
+
+def _check_whole(model: PreTrainedModel, pruned: dict[str, nn.Parameter]) -> None:
+    """Raises where matrices would stay dense that are no linear layers but do their work: fused experts of another
+    layout, or any other weights in which a block has more than in its linear layers."""
+    blocks_name, blocks = find_blocks(model)
+    left: dict[str, nn.Parameter] = {}
+    for path, module in blocks.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{blocks_name}.{path}.{key}"
+            if name in pruned or parameter.ndim < 2 or isinstance(module, nn.Conv1d):
+                continue
+            if parameter.ndim >= 3:
+                raise ValueError(
+                    f"{name} holds several matrices in one tensor of shape {tuple(parameter.shape)}, in a layout that is "
+                    "not known. They cannot be pruned, and pruning the rest alone would leave much of the model dense."
+                )
+            left[name] = parameter
+    size = sum(parameter.numel() for parameter in left.values())
+    if size > sum(parameter.numel() for parameter in pruned.values()):
+        largest = max(left, key=lambda name: left[name].numel())
+        raise ValueError(
+            f"Most weights of {type(model).__name__} are not in linear layers: {largest}, for example, of shape "
+            f"{tuple(left[largest].shape)}. They cannot be pruned, and pruning the rest alone would leave the model dense."
+        )
 
 
 @torch.no_grad()
@@ -178,83 +184,131 @@ def _short_text(model: PreTrainedModel) -> Tensor:
 
 
 def untouched(
-    model: PreTrainedModel, groups: list[list[InputGroup]], sparsity: Sparsity | None = None
+    model: PreTrainedModel, groups: list[list[Stop]], sparsity: Sparsity | None = None
 ) -> tuple[Untouched, ...]:
     """Every matrix outside `groups`, and why it stays dense; `sparsity` says which of them were left out on purpose."""
-    blocks_name, _ = find_blocks(model)
     left_dense = _left_dense(model, sparsity) if sparsity is not None else {}
-    pruned = {id(m.weight) for block in groups for group in block for m in group.modules}
+    pruned: set[int] = set()
+    for stop in (stop for block in groups for stop in block):
+        modules = [stop.module] if isinstance(stop, Experts) else stop.modules
+        pruned |= {id(parameter) for module in modules for parameter in module.parameters()}
+    return tuple(
+        Untouched(name, tuple(parameter.shape), _why_untouched(model, name, parameter, left_dense.get(id(parameter))))
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in pruned
+    )
+
+
+def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter, left_dense_by: str | None) -> str:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    entries = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in pruned:
-            continue
-        if embeddings is not None and parameter is embeddings.weight:
-            reason = "embeddings, which are never pruned"
-        elif head is not None and parameter is getattr(head, "weight", None):
-            reason = "the output head, which is never pruned"
-        elif not name.startswith(f"{blocks_name}."):
-            reason = "outside the decoder blocks"
-        elif id(parameter) in left_dense:
-            reason = f"{LEFT_DENSE}{left_dense[id(parameter)]!r}"
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
-            reason = "not reached by a forward pass, or shared with another module"
-        else:
-            reason = "not a linear layer"
-        entries.append(Untouched(name, tuple(parameter.shape), reason))
-    return tuple(entries)
+    blocks_name, blocks = find_blocks(model)
+    if embeddings is not None and parameter is embeddings.weight:
+        return "embeddings, which are never pruned"
+    if head is not None and parameter is getattr(head, "weight", None):
+        return "the output head, which is never pruned"
+    if not name.startswith(f"{blocks_name}."):
+        return "outside the decoder blocks"
+    if left_dense_by is not None:
+        return f"{LEFT_DENSE}{left_dense_by!r}"
+    number, _, path = name.removeprefix(f"{blocks_name}.").rpartition(".")[0].partition(".")
+    block = blocks[int(number)]
+    module = block.get_submodule(path)
+    if parameter is getattr(module, "weight", None) and is_router(block, path):
+        return "a router, which is never pruned"
+    if not isinstance(module, nn.Linear | Conv1D):
+        return "not a linear layer"
+    if is_linear(module) and len(weight_of(module)) == 1:
+        return "a gate of one output, which is never pruned"
+    return "not reached by a forward pass, or shared with another module"
 
 
 def _left_dense(model: PreTrainedModel, sparsity: Sparsity) -> dict[int, str]:
-    """Which weights are to stay dense, by their id, and the glob that says so."""
-    modules = _pruned_modules(model).items()
-    return {id(module.weight): sparsity.glob_of(name) for name, module in modules if sparsity.of(name) is None}
+    """Which weights are to stay dense, by their id, and the glob that says so; `ValueError` for some of a block's experts."""
+    blocks_name, blocks = find_blocks(model)
+    found: dict[int, str] = {}
+    for i, block in enumerate(blocks):
+        names = {f"{blocks_name}.{i}.{name}": module for name, module in prunable(block).items()}
+        found |= {id(m.weight): sparsity.glob_of(name) for name, m in names.items() if sparsity.of(name) is None}
+        for path, module in fused(block).items():
+            experts = [f"{blocks_name}.{i}.{name}" for name in Experts(path, module, per_token=1).names]
+            dense = [name for name in experts if sparsity.of(name) is None]
+            if dense and len(dense) < len(experts):
+                raise ValueError(
+                    f"The sparsity {sparsity} leaves {dense[0]} dense, but not all of {blocks_name}.{i}.{path}; the experts "
+                    "of a block are left dense together, or not at all."
+                )
+            if dense:
+                found |= {id(tensor): sparsity.glob_of(dense[0]) for tensor in matrices_of(module).values()}
+    return found
 
 
 @torch.no_grad()
-def find_groups(model: PreTrainedModel, sparsity: Sparsity | None = None) -> list[list[InputGroup]]:
-    """The input groups of each block, found by one short forward and by the identity of the tensors that arrive; modules
-    that `sparsity` leaves dense belong to none.
+def find_groups(model: PreTrainedModel, sparsity: Sparsity | None = None) -> list[list[Stop]]:
+    """The stops of each block: fused experts, and linear layers grouped by the identity of the tensors that arrive, found
+    by one short forward. What `sparsity` leaves dense belongs to none.
 
     The model is put into eval mode: dropout would split the groups.
     """
     model.eval()
-    _, blocks = find_blocks(model)
+    blocks_name, blocks = find_blocks(model)
     left_dense = _left_dense(model, sparsity) if sparsity is not None else {}
-    seen: list[list[tuple[str, nn.Module, Tensor]]] = [[] for _ in blocks]
+    seen: list[list[_Seen]] = [[] for _ in blocks]
     everywhere = model.named_modules(remove_duplicate=False)
     owners = Counter(id(parameter) for _, module in everywhere for parameter in module.parameters(recurse=False))
     handles = []
-
-    def record(i: int, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: seen[i].append((name, module, args[0]))
-
     for i, block in enumerate(blocks):
-        for name, module in prunable(block).items():
-            if owners[id(module.weight)] == 1 and id(module.weight) not in left_dense:
-                handles.append(module.register_forward_pre_hook(record(i, name)))
+        for name, module in (prunable(block) | fused(block)).items():
+            own = list(module.parameters(recurse=False))
+            if all(owners[id(each)] == 1 and id(each) not in left_dense for each in own):
+                handles.append(module.register_forward_pre_hook(_record(seen[i], name), with_kwargs=True))
     with _hooks(handles):
         model(input_ids=_short_text(model), use_cache=False)
     if not any(seen):
         raise ValueError(
             f"All linear layers of {type(model).__name__} are shared, or left dense; such models cannot be pruned yet."
         )
+    for i, block in enumerate(blocks):
+        for name, module in fused(block).items():
+            dense = any(id(each) in left_dense for each in module.parameters(recurse=False))
+            if not dense and name not in {entry[0] for entry in seen[i]}:
+                raise ValueError(
+                    f"{blocks_name}.{i}.{name} is not reached by a forward pass, or is shared with another block. Such "
+                    "experts cannot be pruned yet."
+                )
     return [_by_input(calls) for calls in seen]
 
 
-def _by_input(calls: list[tuple[str, nn.Module, Tensor]]) -> list[InputGroup]:
+_Seen = tuple[str, nn.Module, Any]  # a module's name, itself, and what it was called with
+
+
+def _record(seen: list[_Seen], name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((name, module, (args, kwargs) if is_fused(module) else args[0]))
+
+    return called
+
+
+def _by_input(calls: list[_Seen]) -> list[Stop]:
+    """The stops in the order in which a forward first comes to them."""
     names = [name for name, _, _ in calls]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} runs more than once in one forward of its block; such models cannot be pruned yet.")
-    groups: list[tuple[Tensor, list[tuple[str, nn.Module]]]] = []
+    groups: list[tuple[Any, list[tuple[str, nn.Module]]]] = []
     for name, module, x in calls:
         members = next((members for y, members in groups if y is x), None)
         if members is None:
             groups.append((x, [(name, module)]))
         else:
             members.append((name, module))
-    return [InputGroup(tuple(n for n, _ in members), tuple(m for _, m in members)) for _, members in groups]
+    return [_stop(*zip(*members, strict=True), x) for x, members in groups]
+
+
+def _stop(names: tuple[str, ...], modules: tuple[nn.Module, ...], called: Any) -> Stop:
+    if not is_fused(modules[0]):
+        return InputGroup(names, modules)
+    _, index = Experts(names[0], modules[0], per_token=1).read(*called)
+    return Experts(names[0], modules[0], per_token=index.shape[-1])
 
 
 # --------------------------------------------------------------------------------- one block at a time

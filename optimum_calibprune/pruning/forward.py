@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A forward that can wait: it stops before chosen modules, and goes on when it is told to.
 
-Each `switch()` runs it to the next gate, where it hands over the tensor that is about to be read there, and at last returns
+Each `switch()` runs it to the next gate, where it hands over what is about to be read there, and at last returns
 its result; `drop()` ends it earlier. So many micro-batches can wait at the same gate until its modules are solved, and then
 go on with the pruned weights: one forward in all, with the arithmetic of micro-batches.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,10 @@ class ThreadForward(threading.Thread):
         self._function = function
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._brought: Tensor | BaseException | None = None
+        self._brought: Any = None
         self._dropped = False
 
-    def switch(self) -> Tensor:
+    def switch(self) -> Any:
         if self.ident is None:
             self.start()
         self._go.release()
@@ -56,7 +57,7 @@ class ThreadForward(threading.Thread):
             self.join()
         self.dead = True
 
-    def hand_over(self, x: Tensor) -> None:
+    def hand_over(self, x: Any) -> None:
         self._brought = x
         self._back.release()
         self._go.acquire()
@@ -96,7 +97,7 @@ else:
             if not self.dead:
                 self.throw()
 
-        def hand_over(self, x: Tensor) -> None:
+        def hand_over(self, x: Any) -> None:
             self.parent.switch(x)
 
 
@@ -105,13 +106,15 @@ def _current() -> object:
     return thread if greenlet is None or isinstance(thread, ThreadForward) else getcurrent()
 
 
-def wait_before(module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-    """Makes every forward of this kind wait before `module`; others pass."""
+def wait_before(
+    module: nn.Module, read: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+) -> torch.utils.hooks.RemovableHandle:
+    """Makes every forward of this kind wait before `module`, where it hands over `read(args, kwargs)`; others pass."""
 
-    def gate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def gate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = _current()
         if isinstance(current, ThreadForward | Forward):
             current.gate = module
-            current.hand_over(args[0])
+            current.hand_over(read(args, kwargs))
 
-    return module.register_forward_pre_hook(gate)
+    return module.register_forward_pre_hook(gate, with_kwargs=True)

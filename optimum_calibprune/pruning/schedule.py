@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from transformers import PreTrainedModel
 
 from ..records import CalibrationSet, LayerReport, Sparsity
 from . import blocks
-from .balance import Balance, improve_worst
-from .blocks import Call, InputGroup
+from .balance import Arrived, Balance, improve_worst
+from .blocks import Call
+from .experts import Routed
 from .forward import Forward, wait_before
-from .hessian import Hessian, NotFinite
+from .hessian import NotFinite
 from .sparsegpt import Solution, Target, solve_together
+from .stops import Experts, Stop, matrix
 
 
 Progress = Callable[[int, int, str], None]
@@ -53,16 +56,12 @@ class Settings:
         return target
 
 
-def resident_micro_batches(
-    model: PreTrainedModel, groups: list[list[InputGroup]], tokens: int, device: torch.device
-) -> int:
+def resident_micro_batches(model: PreTrainedModel, stops: list[list[Stop]], tokens: int, device: torch.device) -> int:
     """How many micro-batches of `tokens` tokens may wait inside a block at once: half of the free memory, measured.
 
     A waiting micro-batch is counted with the inputs and outputs of all linear layers of the largest block.
     """
-    width = max(
-        sum(g.columns + sum(blocks.weight_of(m).shape[0] for m in g.modules) for g in block) for block in groups
-    )
+    width = max(sum(stop.width for stop in block) for block in stops)
     size = torch.finfo(model.dtype).bits // 8
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -88,7 +87,7 @@ def prune_blocks(
     calibration: CalibrationSet,
     settings: Settings,
     *,
-    groups: list[list[InputGroup]] | None = None,
+    groups: list[list[Stop]] | None = None,
     device: torch.device | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -117,13 +116,13 @@ def prune_blocks(
     resident = settings.resident
     if resident is None:
         resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
-    total = sum(len(group.modules) for block in groups for group in block)
+    total = sum(len(stop.names) for block in groups for stop in block)
     done = 0
     for i, block in enumerate(blocks.brought(model_blocks, device)):
         walk = _BlockWalk(
             block=block,
             name=f"{name}.{i}",
-            groups=groups[i],
+            stops=groups[i],
             hidden=hidden,
             calls=[of_all[i] for of_all in calls],
             balance=balance,
@@ -146,21 +145,12 @@ def prune_blocks(
 
 
 @dataclass
-class _Arrived:
-    """What has arrived at one input: its Hessians, and after each micro-batch a flag on the device, whether they were
-    finite. Nobody waits for the flags unless they are wanted."""
-
-    hessians: list[Hessian]
-    finite: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
 class _BlockWalk:
     """One block: its micro-batches, of which the first `resident` wait at the gates while the others are replayed."""
 
     block: nn.Module
     name: str
-    groups: Sequence[InputGroup]
+    stops: Sequence[Stop]
     hidden: list[Tensor]
     calls: Sequence[Call]
     balance: Balance
@@ -170,27 +160,36 @@ class _BlockWalk:
     waiting: list[Forward] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.gates = [wait_before(group.modules[0]) for group in self.groups]
+        self.gates = [wait_before(stop.gate, stop.read) for stop in self.stops]
 
     def solve_groups(self, cancelled: Callable[[], bool] | None) -> Iterator[LayerReport]:
-        dense = self._dense_block() if self.settings.sequential == "block" else []
-        for position, group in enumerate(self.groups):
+        def ask(name: str) -> None:
             if cancelled is not None and cancelled():
-                raise Cancelled(f"Stopped before {self.name}.{group.names[0]}, as asked.")
-            yield from self._solve_group(position, dense[position] if dense else None)
+                raise Cancelled(f"Stopped before {self.name}.{name}, as asked.")
 
-    def _solve_group(self, position: int, arrived: _Arrived | None) -> Iterator[LayerReport]:
-        arrived = arrived or self._arrive_at(position)
-        group, started = self.groups[position], time.perf_counter()
+        two_passes = self.settings.sequential == "block"
+        dense = self._dense_block() if two_passes else []
+        for position, stop in enumerate(self.stops):
+            ask(stop.names[0])
+            arrived = dense[position] if two_passes else self._arrive_at(position)
+            if isinstance(arrived, Routed):
+                yield from arrived.solve_in_turn(self._solve, dense=two_passes, ask=ask)
+            else:
+                yield from self._solve(dict(zip(stop.names, stop.weights, strict=True)), arrived)
+
+    def _solve(self, matrices: dict[str, Tensor], arrived: Arrived) -> Iterator[LayerReport]:
+        """Prunes matrices `[rows, columns]` of one input in place."""
+        names, started = [f"{self.name}.{name}" for name in matrices], time.perf_counter()
         try:
-            solutions = self._solve(group, arrived.hessians)
+            solutions = self._solutions(names, list(matrices.values()), arrived)
         except NotFinite as error:
-            raise ValueError(self._not_finite(position, arrived)) from error
+            raise ValueError(self._not_finite(names[0], arrived)) from error
         seconds = time.perf_counter() - started
-        for name, module, solution in zip(group.names, group.modules, solutions, strict=True):
-            blocks.weight_of(module).copy_(solution.weight)
+        rows = sum(map(len, matrices.values()))
+        for name, weight, solution in zip(names, matrices.values(), solutions, strict=True):
+            weight.copy_(solution.weight)
             yield LayerReport(
-                module=f"{self.name}.{name}",
+                module=name,
                 shape=(solution.weight.shape[0], solution.weight.shape[1]),
                 zeros_asked=solution.zeros_asked,
                 zeros_found=solution.zeros_found,
@@ -199,7 +198,7 @@ class _BlockWalk:
                 damping=solution.damping,
                 rescue=solution.rescue,
                 tokens=sum(hessian.tokens for hessian in arrived.hessians),
-                seconds=seconds * len(solution.weight) / group.rows,
+                seconds=seconds * len(solution.weight) / rows,
                 kernel=arrived.hessians[0].kernels.name,
             )
 
@@ -228,83 +227,82 @@ class _BlockWalk:
         finally:
             forward.drop()
 
-    def _next(self, forward: Forward, position: int) -> Tensor:
+    def _next(self, forward: Forward, position: int) -> Any:
         """What `forward` brings to the gate at `position`, which must be the next one on its way."""
-        x = forward.switch()
-        group = self.groups[position]
-        if forward.dead or forward.gate is not group.modules[0]:
+        brought = forward.switch()
+        stop = self.stops[position]
+        if forward.dead or forward.gate is not stop.gate:
             raise ValueError(
-                f"{self.name}.{group.names[0]} is not reached by every sample, or not in the same order. A block whose "
-                "path depends on its input (a mixture of experts) cannot be pruned yet."
+                f"{self.name}.{stop.names[0]} is not reached by every sample, or not in the same order. A block whose "
+                "path depends on its input cannot be pruned, unless transformers fuses its experts."
             )
-        return x
+        return brought
 
-    def _arrive_at(self, position: int) -> _Arrived:
-        """At one input, behind the pruned modules before it; a resident micro-batch goes on from the gate before."""
+    def _arrive_at(self, position: int) -> Arrived | Routed:
+        """At one stop, behind the pruned modules before it; a resident micro-batch goes on from the gate before."""
         if position == 0:
             self.waiting = [self._start(i) for i in range(self.resident)]
         arrived = self._empty(position)
         for i in range(len(self.hidden)):
             if i < len(self.waiting):
-                self._add(arrived, i, self._next(self.waiting[i], position))
+                arrived.add(i, self._next(self.waiting[i], position))
             else:
-                with self._replay_to(position, i) as x:
-                    self._add(arrived, i, x)
+                with self._replay_to(position, i) as brought:
+                    arrived.add(i, brought)
         return arrived
 
-    def _dense_block(self) -> list[_Arrived]:
-        arrived = [self._empty(position) for position in range(len(self.groups))]
+    def _dense_block(self) -> list[Arrived | Routed]:
+        arrived = [self._empty(position) for position in range(len(self.stops))]
         for i in range(len(self.hidden)):
             with self._replay(i) as forward:
-                for position, at_input in enumerate(arrived):
-                    self._add(at_input, i, self._next(forward, position))
+                for position, at_stop in enumerate(arrived):
+                    at_stop.add(i, self._next(forward, position))
         return arrived
 
     @contextmanager
-    def _replay_to(self, position: int, i: int) -> Iterator[Tensor]:
+    def _replay_to(self, position: int, i: int) -> Iterator[Any]:
         with self._replay(i) as forward:
             for gate in range(position):
                 self._next(forward, gate)
             yield self._next(forward, position)
 
-    def _empty(self, position: int) -> _Arrived:
-        return _Arrived(self.balance.empty(self.groups[position].columns, self.hidden[0].device))
+    def _empty(self, position: int) -> Arrived | Routed:
+        stop = self.stops[position]
+        if isinstance(stop, Experts):
+            return Routed(stop, self.balance, length=self.hidden[0].shape[1])
+        return Arrived(
+            self.balance, self.balance.empty(stop.columns, self.hidden[0].device), partial(self._again, position)
+        )
 
-    def _add(self, arrived: _Arrived, i: int, x: Tensor) -> None:
-        arrived.finite.append(self.balance.add(arrived.hessians, i, x))
-
-    def _not_finite(self, position: int, arrived: _Arrived) -> str:
-        """Names the module, and the first sample after which its Hessian was not finite."""
-        i = int((~torch.stack(arrived.finite)).nonzero()[0])
+    def _again(self, position: int, i: int) -> tuple[Tensor, Tensor]:
+        """What micro-batch `i` brings to the linear layers at `position`, as `Arrived.again` gives it."""
         with self._replay_to(position, i) as x:
-            largest = x.reshape(len(self.hidden[i]), -1).abs().amax(dim=1)  # NaN where a sample holds one
-        bad = (~largest.isfinite()).nonzero().flatten()
-        sample = i * self.step + int(bad[0] if len(bad) else largest.argmax())
+            rows = x.flatten(0, -2)
+        return rows, torch.arange(len(rows), device=rows.device) // (len(rows) // len(self.hidden[i]))
+
+    def _not_finite(self, name: str, arrived: Arrived) -> str:
+        """Names the module, and the first sample after which its Hessian was not finite."""
+        micro_batch, sample = arrived.not_finite_from()
         return (
-            f"{self.name}.{self.groups[position].names[0]} receives NaN, infinity or values whose squares overflow "
-            f"from calibration sample {sample}. The model overflows on it in this dtype; try dtype='bfloat16' or "
+            f"{name} receives NaN, infinity or values whose squares overflow from calibration sample "
+            f"{micro_batch * self.step + sample}. The model overflows on it in this dtype; try dtype='bfloat16' or "
             "'float32', or leave the sample out."
         )
 
-    def _solve(self, group: InputGroup, hessians: Sequence[Hessian]) -> list[Solution]:
+    def _solutions(self, names: Sequence[str], weights: Sequence[Tensor], arrived: Arrived) -> list[Solution]:
         method, damping = self.settings.method, self.settings.damping
-        weights = [blocks.weight_of(module) for module in group.modules]
-        names = [f"{self.name}.{name}" for name in group.names]
         targets = [self.settings.target_of(name) for name in names]
-        hessian = self.balance.combine(hessians)
+        hessian = self.balance.combine(arrived.hessians)
         solutions = solve_together(weights, hessian, targets, method=method, damping=damping, names=names)
         if self.balance.normalise != "minimax":
             return solutions
         shares = self.balance.weights
         return [
-            improve_worst(W, first, hessians, shares, target, method=method, damping=damping)
+            improve_worst(W, first, arrived.hessians, shares, target, method=method, damping=damping)
             for W, first, target in zip(weights, solutions, targets, strict=True)
         ]
 
 
 def recount(model: PreTrainedModel, layers: Sequence[LayerReport]) -> tuple[LayerReport, ...]:
     """The reports with the zeros that the model holds at the end, counted anew."""
-    return tuple(
-        replace(layer, zeros_found=int((blocks.weight_of(model.get_submodule(layer.module)) == 0).sum()))
-        for layer in layers
-    )
+    return tuple(replace(layer, zeros_found=int((matrix(model, layer.module) == 0).sum())) for layer in layers)

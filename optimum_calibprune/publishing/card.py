@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..records import LEFT_DENSE, CalibrationSource, RunRecord
+from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord
 
 
 _HERE = Path(__file__).parent
+MOST_NAMES = 10  # of a list in running text
 METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
 
 
@@ -42,7 +44,9 @@ def render(run: RunRecord, repo_id: str | None = None) -> str:
         "zeros": f"{run.prune.zeros:,}",
         "weights": f"{run.prune.weights:,}",
         "share": _percent(run.prune.zeros / run.prune.weights, 2),
-        "rescues": "; ".join(f"{layer.module} ({layer.rescue})" for layer in run.prune.layers if layer.rescue),
+        "rescues": _listed([f"{layer.module} ({layer.rescue})" for layer in run.prune.layers if layer.rescue], "; "),
+        "starved": starved_experts(run),
+        "layers": _layer_rows(run.prune.layers),
         "hardware": ", ".join(f"{key} {value}" for key, value in run.hardware.items()),
         "seconds": ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.seconds.items()),
         "peak": f"{run.peak_memory / 2**30:.2f} GiB",
@@ -78,6 +82,49 @@ def _owl(run: RunRecord) -> str:
         f"Blocks with more outliers lose less (OWL, arXiv:2310.05175): of a matrix {_percent(min(shares))} to "
         f"{_percent(max(shares))} were asked, in total as many as without it."
     )
+
+
+def starved_experts(run: RunRecord) -> str:
+    """How many experts had too few tokens, and which; empty where none had."""
+    experts = run.prune.experts
+    starved = [name for name, is_starved in experts.items() if is_starved]
+    if not starved:
+        return ""
+    return (
+        f"{len(starved):,} of {len(experts):,} experts were sent too few tokens for one of their matrices, which was pruned "
+        f"for all tokens of its layer: {_listed(starved, ', ')}."
+    )
+
+
+def _listed(names: Sequence[str], separator: str) -> str:
+    more = f"{separator}and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return separator.join(names[:MOST_NAMES]) + more
+
+
+def _layer_rows(layers: Sequence[LayerReport]) -> list[dict[str, str]]:
+    """A row for each module; the experts of a layer share one, since there may be thousands."""
+    rows: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        rows.setdefault(layer.module if layer.routed is None else _of_all_experts(layer.module), []).append(layer)
+    return [_layer_row(name, several) for name, several in rows.items()]
+
+
+def _of_all_experts(module: str) -> str:
+    experts, _, kind = module.rsplit(".", 2)
+    return f"{experts}.*.{kind}"
+
+
+def _layer_row(name: str, layers: Sequence[LayerReport]) -> dict[str, str]:
+    errors = [layer.relative_error for layer in layers]
+    why = layers[0].why if len(layers) == 1 else ""
+    worst = f" (at most {max(errors):.4f})" if len(layers) > 1 else ""
+    return {
+        "module": f"{name}, {len(layers)} experts" if layers[0].routed is not None else name,
+        "shape": f"{layers[0].shape[0]} x {layers[0].shape[1]}",
+        "zeros": f"{sum(layer.zeros_found for layer in layers)}{f' ({why})' if why else ''}",
+        "asked": str(sum(layer.zeros_asked for layer in layers)),
+        "error": f"{sum(errors) / len(errors):.4f}{worst}",
+    }
 
 
 def _metadata(run: RunRecord) -> ModelCardData:

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     Gemma3TextConfig,
-    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     LlavaConfig,
@@ -21,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
-    Zamba2Config,
 )
 from transformers.utils.quantization_config import Mxfp4Config
 
@@ -111,10 +109,43 @@ def test_an_encoder_decoder_is_refused() -> None:
 # -------------------------------------------------------------------------------------------- refusals
 
 
-def test_fused_experts_are_refused_by_name() -> None:
+def test_experts_of_an_unknown_layout_are_refused_by_name() -> None:
     model = build(MixtralConfig(**SHAPE, num_local_experts=2))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj .*\(2, 96, 32\).* experts"):
+    blocks.check_model(model, HALF)
+    del model.model.layers[0].mlp.experts.is_transposed
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj .*\(2, 96, 32\).*not known"):
         blocks.check_model(model, HALF)
+
+
+def test_columns_of_experts_are_checked_by_name() -> None:
+    model = build(MixtralConfig(**{**SHAPE, "intermediate_size": 50}, num_local_experts=2))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.0\.down_proj has 50 columns"):
+        blocks.check_model(model, TWO_OF_FOUR)
+
+
+def test_experts_that_are_not_finite_are_refused_by_name() -> None:
+    model = build(MixtralConfig(**SHAPE, num_local_experts=2))
+    model.model.layers[1].mlp.experts.down_proj.data[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.down_proj holds NaN or infinity"):
+        blocks.check_model(model, HALF)
+
+
+def test_experts_that_no_forward_reaches_are_refused_by_name() -> None:
+    model = build(MixtralConfig(**SHAPE, num_local_experts=2))
+    model.model.layers[1].mlp.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is not reached"):
+        blocks.find_groups(model)
+
+
+def test_a_linear_router_beside_fused_experts_is_left_alone() -> None:
+    model = build(MixtralConfig(**SHAPE, num_local_experts=2))
+    moe = model.model.layers[0].mlp
+    moe.gate.linear = nn.Linear(32, 2, bias=False)
+    moe.gate.forward = lambda x: (None, *moe.gate.linear(x).softmax(-1).topk(1))
+    groups = blocks.find_groups(model)
+    assert not any("gate" in name for stop in groups[0] for name in stop.names if "experts" not in name)
+    entries = {entry.name: entry.reason for entry in blocks.untouched(model, groups)}
+    assert entries["model.layers.0.mlp.gate.linear.weight"] == "a router, which is never pruned"
 
 
 def test_columns_that_m_does_not_divide_are_refused_by_name() -> None:
@@ -166,34 +197,6 @@ def test_blocks_without_linear_layers_are_refused() -> None:
     model.model.layers = nn.ModuleList(nn.Identity() for _ in range(2))
     with pytest.raises(ValueError, match="The blocks of LlamaForCausalLM hold no linear layer"):
         blocks.check_model(model, HALF)
-
-
-@pytest.mark.parametrize(
-    ("config", "block"),
-    [
-        (
-            Gemma4TextConfig(
-                **SHAPE, head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, global_head_dim=8
-            ),
-            0,
-        ),
-        (
-            Zamba2Config(
-                **SHAPE,
-                layers_block_type=["mamba", "hybrid"],
-                num_mem_blocks=1,
-                n_mamba_heads=8,
-                mamba_headdim=8,
-                mamba_d_state=8,
-            ),
-            1,
-        ),
-    ],
-    ids=["embeddings for each layer", "embeddings passed on to later blocks"],
-)
-def test_blocks_that_are_passed_more_than_hidden_states_are_refused(config: Any, block: int) -> None:
-    with pytest.raises(ValueError, match=rf"model\.layers\.{block} cannot run by itself"):
-        blocks.check_model(build(config), HALF)
 
 
 def test_blocks_between_which_the_model_does_something_are_refused() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from optimum_calibprune.publishing.card import render, retention_table
+from optimum_calibprune.publishing.card import render, retention_table, starved_experts
 from optimum_calibprune.records import (
     CalibrationSource,
     CapabilityReport,
@@ -114,3 +114,41 @@ def test_every_python_line_compiles(run: RunRecord) -> None:
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert '"me/tiny-60"' in code
+
+
+def of_experts(run: RunRecord, count: int, starved: int) -> RunRecord:
+    """A run whose layers are those of `count` experts, the first `starved` of which saw too few tokens."""
+    up, down = run.prune.layers
+    layers = [
+        replace(
+            layer,
+            module=layer.module.replace("mlp.", f"mlp.experts.{expert}."),
+            relative_error=expert / 1000,
+            routed=expert,
+            starved=expert < starved,
+            rescue="",
+        )
+        for expert in range(count)
+        for layer in (up, down)
+    ]
+    return replace(run, prune=replace(run.prune, layers=tuple(layers)))
+
+
+def test_the_experts_of_a_layer_share_a_row(run: RunRecord) -> None:
+    text = render(of_experts(run, 256, 0))
+    rows = [line for line in text.splitlines() if "experts" in line]
+    assert rows == [
+        "| model.layers.0.mlp.experts.*.up_proj, 256 experts | 16 x 8 | 20480 | 19712 | 0.1275 (at most 0.2550) |",
+        "| model.layers.0.mlp.experts.*.down_proj, 256 experts | 8 x 16 | 19712 | 19712 | 0.1275 (at most 0.2550) |",
+    ]
+
+
+def test_starved_experts_are_counted_and_the_first_of_them_named(run: RunRecord) -> None:
+    assert starved_experts(run) == ""
+    assert starved_experts(of_experts(run, 4, 2)) == (
+        "2 of 4 experts were sent too few tokens for one of their matrices, which was pruned for all tokens of its layer: "
+        "model.layers.0.mlp.experts.0, model.layers.0.mlp.experts.1."
+    )
+    text = render(of_experts(run, 1500, 1200))
+    assert "1,200 of 1,500 experts were sent too few tokens" in text
+    assert "model.layers.0.mlp.experts.9, and 1,190 more." in text
