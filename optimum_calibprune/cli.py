@@ -100,8 +100,8 @@ def plan_text(plan: Plan) -> str:
     for entry in plan.untouched:
         reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
     dense = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "none"
-    owl = ["  allocation     owl: blocks with more outliers lose less, the total is the same"]
     experts = f", with those of {plan.experts:,} experts," if plan.experts else ""
+    owl = ["  allocation     owl: blocks with more outliers lose less, the total is the same"]
     forward = "one forward" if plan.replays == 0 else f"{plan.replays} replays a block"
     return "\n".join(
         [

@@ -107,10 +107,10 @@ def _seconds(model: PreTrainedModel, groups: list[list[Stop]], config: CalibPrun
     seconds = 0.0
     for given in inputs:
         columns, outputs, arriving = given.columns, given.rows, tokens * given.share
-        products = 2 / 3 * columns**3 + 3 * outputs * columns**2  # factor, updates, errors of the report
         seconds += forwards * 2 * arriving * columns * outputs / forward_rate
         seconds += arriving * columns**2 / solve_rate  # one triangle of the Hessian
-        seconds += solutions * (products / solve_rate + outputs * columns / sweep_rate + columns * COLUMN_SECONDS)
+        seconds += solutions * (2 / 3 * columns**3 + 3 * outputs * columns**2) / solve_rate  # factor, updates, errors
+        seconds += solutions * (outputs * columns / sweep_rate + columns * COLUMN_SECONDS)
     return seconds
 
 

@@ -103,8 +103,6 @@ class CalibPruner:
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         blocks.check_model(self.model, self.config.sparsity)
         self._groups = blocks.find_groups(self.model, self.config.sparsity)
-        if self.config.allocation == "owl":
-            allocation.check_owl(self._groups)
 
     @classmethod
     def from_pretrained(

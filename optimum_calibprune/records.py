@@ -326,8 +326,8 @@ class Plan(Record):
     memory: dict[str, int]
     seconds: float
     written: int = 0
-    allocation: str = "uniform"
     experts: int = 0
+    allocation: str = "uniform"
 
 
 # ---------------------------------------------------------------------------------------- capabilities

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..records import CalibrationSet
 from . import blocks
-from .blocks import Call, InputGroup
+from .blocks import Call
 from .schedule import Cancelled, Progress, Settings
 from .sparsegpt import zeros_in_parts
 from .stops import Experts, Stop
@@ -56,25 +57,15 @@ def owl(
         groups: of `blocks.find_groups` with the same sparsity.
         on_progress: called with (blocks done, blocks, name of the block); cancelled: asked before each of them.
     """
-    check_owl(groups)
     name, _ = blocks.find_blocks(model)
     shares = outlier_shares(model, calibration, settings.micro_batch, groups, device, on_progress, cancelled)
     matrices = {}
     for i, block in enumerate(groups):
-        for module_name, module in _modules(block):
-            full = f"{name}.{i}.{module_name}"
-            shape = blocks.weight_of(module).shape
+        for matrix_name, shape in ((n, W.shape) for stop in block for n, W in stop.matrices.items()):
+            full = f"{name}.{i}.{matrix_name}"
             zeros = sum(zeros_in_parts(settings.target_of(full), settings.method, *shape))
             matrices[full] = Matrix(i, shape.numel(), zeros)
     return dict(zip(matrices, move_zeros(list(matrices.values()), shares), strict=True))
-
-
-def check_owl(groups: list[list[Stop]]) -> None:
-    """Raises `ValueError` for mixtures of experts, whose outliers nothing here counts."""
-    if any(isinstance(stop, Experts) for block in groups for stop in block):
-        raise ValueError(
-            "allocation='owl' is not known for mixtures of experts; take 'uniform', or a sparsity by module."
-        )
 
 
 def move_zeros(matrices: Sequence[Matrix], shares: Mapping[int, float]) -> list[int]:
@@ -103,7 +94,7 @@ def outlier_shares(
     model: PreTrainedModel,
     calibration: CalibrationSet,
     micro_batch: int,
-    groups: list[list[InputGroup]],
+    groups: list[list[Stop]],
     device: torch.device | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -154,33 +145,52 @@ def _checked(share: float, name: str) -> float:
     return share
 
 
-def _modules(groups: Sequence[InputGroup]) -> Iterator[tuple[str, nn.Module]]:
-    return (pair for group in groups for pair in zip(group.names, group.modules, strict=True))
-
-
-def _with_squares(groups: Sequence[InputGroup], squares: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    pairs = zip(groups, squares, strict=True)
-    return [(blocks.weight_of(module), of_input) for group, of_input in pairs for module in group.modules]
+def _with_squares(stops: Sequence[Stop], squares: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(W, squares[name]) for stop in stops for name, W in stop.matrices.items()]
 
 
 def _pass(
     block: nn.Module,
-    groups: Sequence[InputGroup],
+    stops: Sequence[Stop],
     hidden: list[Tensor],
     calls: Sequence[Call],
     weights: Sequence[Tensor],
-) -> list[Tensor]:
-    """Replaces the hidden states by the block's output, and returns each group's squared norms `[columns]` of its inputs,
-    the samples with their weights."""
-    squares = [torch.zeros(group.columns, dtype=torch.float64, device=hidden[0].device) for group in groups]
+) -> dict[str, Tensor]:
+    """Replaces the hidden states by the block's output, and returns for each matrix, by its name, the squared norms
+    `[columns]` of its inputs, the samples with their weights."""
+    shapes = {name: W.shape for stop in stops for name, W in stop.matrices.items()}
+    squares = {name: hidden[0].new_zeros(shape[1], dtype=torch.float64) for name, shape in shapes.items()}
     for i, call in enumerate(calls):
         with ExitStack() as hooks:
-            for group, total in zip(groups, squares, strict=True):
-                hooks.enter_context(group.modules[0].register_forward_pre_hook(partial(_add, total, weights[i])))
+            for stop in stops:
+                add = partial(_add, stop, squares, weights[i])
+                hooks.enter_context(stop.gate.register_forward_pre_hook(add, with_kwargs=True))
             hidden[i] = blocks.run(block, hidden[i], call)
     return squares
 
 
-def _add(total: Tensor, weights: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    of_each = args[0].float().square().reshape(len(weights), -1, len(total)).sum(dim=1)
-    total.add_(weights.double() @ of_each.double())
+def _add(
+    stop: Stop,
+    squares: Mapping[str, Tensor],
+    weights: Tensor,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Adds what arrives at a stop to the squared norms of each of its matrices."""
+    if not isinstance(stop, Experts):
+        of_each = stop.read(args, kwargs).float().square().reshape(len(weights), -1, stop.columns).sum(dim=1)
+        _add_to(squares, stop.names, weights.double() @ of_each.double())
+        return
+    x, index = stop.read(args, kwargs)
+    of_token = weights.double().repeat_interleave(len(x) // len(weights))
+    for expert in range(stop.count):
+        mine = (index == expert).any(dim=1)
+        sent = x[mine]
+        for names, rows in zip(stop.pruned(expert), (sent, stop.between(expert, sent)), strict=True):
+            _add_to(squares, names, of_token[mine] @ rows.double().square())
+
+
+def _add_to(squares: Mapping[str, Tensor], names: Iterable[str], more: Tensor) -> None:
+    for name in names:
+        squares[name].add_(more)

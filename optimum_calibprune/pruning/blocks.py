@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +20,13 @@ from .stops import (
     Experts,
     InputGroup,
     Stop,
-    columns_of,
     fused,
     is_fused,
     is_linear,
     is_router,
+    matrices_in,
     matrices_of,
+    matrix,
     prunable,
     weight_of,
 )
@@ -109,21 +110,25 @@ def _pruned_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def check_structure(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
     """The part of `check_model` that needs no weights, for a model on the meta device."""
     check_config(model.config)
-    blocks_name, blocks = find_blocks(model)
     pruned = _pruned_parameters(model)
     if not pruned:
         raise ValueError(f"The blocks of {type(model).__name__} hold no linear layer that can be pruned.")
     _check_whole(model, pruned)
-    sparsity = Sparsity.parse(sparsity)
-    columns = {
-        f"{blocks_name}.{i}.{name}": n for i, block in enumerate(blocks) for name, n in columns_of(block).items()
-    }
-    sparsity.check(list(columns))
-    _left_dense(model, sparsity)
-    for name, count in columns.items():
-        pattern = sparsity.of(name)
-        if pattern is not None and pattern.m is not None and count % pattern.m:
-            raise ValueError(f"{name} has {count} columns, which m = {pattern.m} of {pattern} does not divide.")
+    sparsity, matrices = Sparsity.parse(sparsity), _matrices(model)
+    sparsity.check(matrices)
+    for name, W in matrices.items():
+        columns, pattern = W.shape[1], sparsity.of(name)
+        if pattern is not None and pattern.m is not None and columns % pattern.m:
+            raise ValueError(f"{name} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All that can be pruned, `[outputs, inputs]`, by its full name."""
+    blocks_name, blocks = find_blocks(model)
+    found = (
+        (f"{blocks_name}.{i}.{name}", W) for i, block in enumerate(blocks) for name, W in matrices_in(block).items()
+    )
+    return dict(found)
 
 
 def _check_whole(model: PreTrainedModel, pruned: dict[str, nn.Parameter]) -> None:
@@ -192,14 +197,27 @@ def untouched(
     for stop in (stop for block in groups for stop in block):
         modules = [stop.module] if isinstance(stop, Experts) else stop.modules
         pruned |= {id(parameter) for module in modules for parameter in module.parameters()}
-    return tuple(
-        Untouched(name, tuple(parameter.shape), _why_untouched(model, name, parameter, left_dense.get(id(parameter))))
+    others = [
+        Untouched(name, tuple(parameter.shape), _why_untouched(model, name, parameter, left_dense))
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2 and id(parameter) not in pruned
-    )
+    ]
+    return (*others, *_experts_left_dense(model, groups, left_dense))
 
 
-def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter, left_dense_by: str | None) -> str:
+def _experts_left_dense(
+    model: PreTrainedModel, groups: list[list[Stop]], left_dense: dict[str, str]
+) -> Iterator[Untouched]:
+    """Where some matrices of fused experts are pruned: those that are not."""
+    blocks_name, _ = find_blocks(model)
+    for i, block in enumerate(groups):
+        for stop in block:
+            for name in sorted(stop.dense) if isinstance(stop, Experts) else ():
+                full = f"{blocks_name}.{i}.{name}"
+                yield Untouched(full, tuple(matrix(model, full).shape), f"{LEFT_DENSE}{left_dense[full]!r}")
+
+
+def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter, left_dense: dict[str, str]) -> str:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     blocks_name, blocks = find_blocks(model)
     if embeddings is not None and parameter is embeddings.weight:
@@ -208,11 +226,15 @@ def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter, l
         return "the output head, which is never pruned"
     if not name.startswith(f"{blocks_name}."):
         return "outside the decoder blocks"
-    if left_dense_by is not None:
-        return f"{LEFT_DENSE}{left_dense_by!r}"
-    number, _, path = name.removeprefix(f"{blocks_name}.").rpartition(".")[0].partition(".")
+    owner = name.rpartition(".")[0]
+    globs = [glob for full, glob in left_dense.items() if full == owner]
+    number, _, path = owner.removeprefix(f"{blocks_name}.").partition(".")
     block = blocks[int(number)]
     module = block.get_submodule(path)
+    if is_fused(module):
+        globs = sorted({glob for full, glob in left_dense.items() if full.startswith(f"{owner}.")})
+    if globs:
+        return f"{LEFT_DENSE}{', '.join(map(repr, globs))}"
     if parameter is getattr(module, "weight", None) and is_router(block, path):
         return "a router, which is never pruned"
     if not isinstance(module, nn.Linear | Conv1D):
@@ -222,30 +244,15 @@ def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter, l
     return "not reached by a forward pass, or shared with another module"
 
 
-def _left_dense(model: PreTrainedModel, sparsity: Sparsity) -> dict[int, str]:
-    """Which weights are to stay dense, by their id, and the glob that says so; `ValueError` for some of a block's experts."""
-    blocks_name, blocks = find_blocks(model)
-    found: dict[int, str] = {}
-    for i, block in enumerate(blocks):
-        names = {f"{blocks_name}.{i}.{name}": module for name, module in prunable(block).items()}
-        found |= {id(m.weight): sparsity.glob_of(name) for name, m in names.items() if sparsity.of(name) is None}
-        for path, module in fused(block).items():
-            experts = [f"{blocks_name}.{i}.{name}" for name in Experts(path, module, per_token=1).names]
-            dense = [name for name in experts if sparsity.of(name) is None]
-            if dense and len(dense) < len(experts):
-                raise ValueError(
-                    f"The sparsity {sparsity} leaves {dense[0]} dense, but not all of {blocks_name}.{i}.{path}; the experts "
-                    "of a block are left dense together, or not at all."
-                )
-            if dense:
-                found |= {id(tensor): sparsity.glob_of(dense[0]) for tensor in matrices_of(module).values()}
-    return found
+def _left_dense(model: PreTrainedModel, sparsity: Sparsity) -> dict[str, str]:
+    """The full names of the matrices that are to stay dense, and the glob that says so."""
+    return {name: sparsity.glob_of(name) for name in _matrices(model) if sparsity.of(name) is None}
 
 
 @torch.no_grad()
 def find_groups(model: PreTrainedModel, sparsity: Sparsity | None = None) -> list[list[Stop]]:
     """The stops of each block: fused experts, and linear layers grouped by the identity of the tensors that arrive, found
-    by one short forward. What `sparsity` leaves dense belongs to none.
+    by one short forward; what `sparsity` leaves dense belongs to none.
 
     The model is put into eval mode: dropout would split the groups.
     """
@@ -258,24 +265,24 @@ def find_groups(model: PreTrainedModel, sparsity: Sparsity | None = None) -> lis
     handles = []
     for i, block in enumerate(blocks):
         for name, module in (prunable(block) | fused(block)).items():
-            own = list(module.parameters(recurse=False))
-            if all(owners[id(each)] == 1 and id(each) not in left_dense for each in own):
+            alone = all(owners[id(parameter)] == 1 for parameter in module.parameters(recurse=False))
+            if alone and f"{blocks_name}.{i}.{name}" not in left_dense:
                 handles.append(module.register_forward_pre_hook(_record(seen[i], name), with_kwargs=True))
     with _hooks(handles):
         model(input_ids=_short_text(model), use_cache=False)
-    if not any(seen):
+    for i, block in enumerate(blocks):
+        for name in fused(block).keys() - {entry[0] for entry in seen[i]}:
+            raise ValueError(
+                f"{blocks_name}.{i}.{name} is not reached by a forward pass, or is shared with another block. Such experts "
+                "cannot be pruned yet."
+            )
+    inside = [{name.removeprefix(f"{blocks_name}.{i}.") for name in left_dense} for i in range(len(blocks))]
+    groups = [_by_input(calls, dense) for calls, dense in zip(seen, inside, strict=True)]
+    if not any(groups):
         raise ValueError(
             f"All linear layers of {type(model).__name__} are shared, or left dense; such models cannot be pruned yet."
         )
-    for i, block in enumerate(blocks):
-        for name, module in fused(block).items():
-            dense = any(id(each) in left_dense for each in module.parameters(recurse=False))
-            if not dense and name not in {entry[0] for entry in seen[i]}:
-                raise ValueError(
-                    f"{blocks_name}.{i}.{name} is not reached by a forward pass, or is shared with another block. Such "
-                    "experts cannot be pruned yet."
-                )
-    return [_by_input(calls) for calls in seen]
+    return groups
 
 
 _Seen = tuple[str, nn.Module, Any]  # a module's name, itself, and what it was called with
@@ -288,8 +295,8 @@ def _record(seen: list[_Seen], name: str) -> Callable[[nn.Module, tuple[Any, ...
     return called
 
 
-def _by_input(calls: list[_Seen]) -> list[Stop]:
-    """The stops in the order in which a forward first comes to them."""
+def _by_input(calls: list[_Seen], dense: Collection[str]) -> list[Stop]:
+    """The stops in the order in which a forward first comes to them; of experts, what is in `dense` stays so."""
     names = [name for name, _, _ in calls]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -301,14 +308,16 @@ def _by_input(calls: list[_Seen]) -> list[Stop]:
             groups.append((x, [(name, module)]))
         else:
             members.append((name, module))
-    return [_stop(*zip(*members, strict=True), x) for x, members in groups]
+    stops = [_stop(*zip(*members, strict=True), x, dense) for x, members in groups]
+    return [stop for stop in stops if stop.names]
 
 
-def _stop(names: tuple[str, ...], modules: tuple[nn.Module, ...], called: Any) -> Stop:
+def _stop(names: tuple[str, ...], modules: tuple[nn.Module, ...], called: Any, dense: Collection[str]) -> Stop:
     if not is_fused(modules[0]):
         return InputGroup(names, modules)
     _, index = Experts(names[0], modules[0], per_token=1).read(*called)
-    return Experts(names[0], modules[0], per_token=index.shape[-1])
+    left = frozenset(name for name in dense if name.startswith(f"{names[0]}."))
+    return Experts(names[0], modules[0], per_token=index.shape[-1], dense=left)
 
 
 # --------------------------------------------------------------------------------- one block at a time

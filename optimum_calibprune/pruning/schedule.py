@@ -175,7 +175,7 @@ class _BlockWalk:
             if isinstance(arrived, Routed):
                 yield from arrived.solve_in_turn(self._solve, dense=two_passes, ask=ask)
             else:
-                yield from self._solve(dict(zip(stop.names, stop.weights, strict=True)), arrived)
+                yield from self._solve(stop.matrices, arrived)
 
     def _solve(self, matrices: dict[str, Tensor], arrived: Arrived) -> Iterator[LayerReport]:
         """Prunes matrices `[rows, columns]` of one input in place."""

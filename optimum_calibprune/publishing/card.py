@@ -61,29 +61,6 @@ def upper_bound(run: RunRecord) -> str:
     return ", ".join(s.name for s in run.sources if s.upper_bound and s.name in run.mix.shares)
 
 
-def _title(run: RunRecord) -> str:
-    return f"{run.base.name} at {_sparsity(run)}"
-
-
-def _sparsity(run: RunRecord) -> str:
-    """The sparsity as it was asked; where modules differ, the share that this is of all linear layers of the blocks."""
-    if not run.config.sparsity.by_module:
-        return str(run.config.sparsity)
-    left = sum(math.prod(entry.shape) for entry in run.prune.untouched if entry.reason.startswith(LEFT_DENSE))
-    return f"{sum(layer.zeros_asked for layer in run.prune.layers) / (run.prune.weights + left):.1%}"
-
-
-def _owl(run: RunRecord) -> str:
-    """What outlier-weighted allocation gave the modules; empty where it was not asked for."""
-    if run.config.allocation != "owl":
-        return ""
-    shares = [layer.zeros_asked / math.prod(layer.shape) for layer in run.prune.layers]
-    return (
-        f"Blocks with more outliers lose less (OWL, arXiv:2310.05175): of a matrix {_percent(min(shares))} to "
-        f"{_percent(max(shares))} were asked, in total as many as without it."
-    )
-
-
 def starved_experts(run: RunRecord) -> str:
     """How many experts had too few tokens, and which; empty where none had."""
     experts = run.prune.experts
@@ -125,6 +102,29 @@ def _layer_row(name: str, layers: Sequence[LayerReport]) -> dict[str, str]:
         "asked": str(sum(layer.zeros_asked for layer in layers)),
         "error": f"{sum(errors) / len(errors):.4f}{worst}",
     }
+
+
+def _title(run: RunRecord) -> str:
+    return f"{run.base.name} at {_sparsity(run)}"
+
+
+def _sparsity(run: RunRecord) -> str:
+    """The sparsity as it was asked; where modules differ, the share that this is of all linear layers of the blocks."""
+    if not run.config.sparsity.by_module:
+        return str(run.config.sparsity)
+    left = sum(math.prod(entry.shape) for entry in run.prune.untouched if entry.reason.startswith(LEFT_DENSE))
+    return f"{sum(layer.zeros_asked for layer in run.prune.layers) / (run.prune.weights + left):.1%}"
+
+
+def _owl(run: RunRecord) -> str:
+    """What outlier-weighted allocation gave the modules; empty where it was not asked for."""
+    if run.config.allocation != "owl":
+        return ""
+    shares = [layer.zeros_asked / math.prod(layer.shape) for layer in run.prune.layers]
+    return (
+        f"Blocks with more outliers lose less (OWL, arXiv:2310.05175): of a matrix {_percent(min(shares))} to "
+        f"{_percent(max(shares))} were asked, in total as many as without it."
+    )
 
 
 def _metadata(run: RunRecord) -> ModelCardData:

@@ -21,7 +21,7 @@ from optimum_calibprune.pruning.forward import ThreadForward
 from optimum_calibprune.pruning.hessian import Hessian
 from optimum_calibprune.pruning.schedule import Cancelled, Settings, prune_blocks
 from optimum_calibprune.pruning.sparsegpt import Solution, solve_together
-from optimum_calibprune.pruning.stops import Experts, matrix
+from optimum_calibprune.pruning.stops import Experts, matrices_in, matrix
 from optimum_calibprune.records import CalibrationRow, CalibrationSet, LayerReport, Sparsity, SparsityPattern
 
 
@@ -255,6 +255,80 @@ def test_groups_give_the_same_bytes_however_much_is_resident(normalise: str) -> 
     assert found[0] == found[1]
 
 
+# -------------------------------------------------------------------------------------------- by name
+
+
+@pytest.mark.parametrize("sequential", ["module", "block"])
+def test_each_expert_and_each_of_its_matrices_can_be_named(sequential: str) -> None:
+    model = gpt_oss()
+    rules = {"*.experts.1.*": "dense", "*.0.mlp.experts.2.up_proj": 0, "*.down_proj": 0.25, "*": 0.5}
+    sparsity = Sparsity.parse(rules)
+    blocks.check_model(model, sparsity)
+    groups = blocks.find_groups(model, sparsity)
+    before = {name: W.clone() for name, W in everything(model).items()}
+    reports = by_name(prune(model, Settings(sparsity, sequential=sequential, micro_batch=2), groups=groups))
+    for name, W in everything(model).items():
+        if sparsity.of(name) is None:
+            assert name not in reports
+            assert torch.equal(W, before[name])
+        else:
+            assert reports[name].zeros_found == int((W == 0).sum()) == sparsity.of(name).fraction * W.numel()
+    entries = {entry.name: entry for entry in blocks.untouched(model, groups, sparsity)}
+    left = [name for name in before if sparsity.of(name) is None]
+    assert len(left) == LAYERS * 3 + 1
+    assert all(entries[name].shape == tuple(before[name].shape) for name in left)
+    assert entries["model.layers.0.mlp.experts.2.up_proj"].reason.endswith("'*.0.mlp.experts.2.up_proj'")
+
+
+def everything(model: PreTrainedModel) -> dict[str, Tensor]:
+    layers = enumerate(model.model.layers)
+    return {f"model.layers.{i}.{name}": W for i, layer in layers for name, W in matrices_in(layer).items()}
+
+
+def test_experts_that_all_stay_dense_are_no_stop() -> None:
+    model = mixtral()
+    sparsity = Sparsity.parse("*.experts.*=dense,*=50%")
+    groups = blocks.find_groups(model, sparsity)
+    assert not any(isinstance(stop, Experts) for block in groups for stop in block)
+    assert len(prune(model, Settings(sparsity, micro_batch=2), groups=groups)) == LAYERS * 4
+    reasons = {entry.name: entry.reason for entry in blocks.untouched(model, groups, sparsity)}
+    assert reasons["model.layers.1.mlp.experts.down_proj"] == "left dense, as asked by '*.experts.*'"
+
+
+def test_owl_counts_the_outliers_of_experts_and_keeps_the_total() -> None:
+    model = mixtral()
+    groups, settings = blocks.find_groups(model), replace(SETTINGS, sparsity=Sparsity.parse("50%"))
+    model.model.layers[1].mlp.experts.down_proj.data[0, :3] *= 50
+    zeros = allocation.owl(model, calibration(), settings, groups)
+    assert zeros.keys() == everything(model).keys()
+    assert sum(zeros.values()) == sum(W.numel() for W in everything(model).values()) // 2
+    of_block = [sum(count for name, count in zeros.items() if f"layers.{i}." in name) for i in range(LAYERS)]
+    shares = allocation.outlier_shares(model, calibration(), 2, groups)
+    assert shares[0] != shares[1]
+    assert (of_block[0] < of_block[1]) == (shares[0] > shares[1])
+    reports = prune(model, replace(settings, zeros=zeros), groups=groups)
+    assert {report.module: report.zeros_asked for report in reports} == zeros
+
+
+@torch.no_grad()
+def test_owl_measures_what_each_expert_is_sent() -> None:
+    model, chosen = mixtral(), calibration("aaaaa", weights=[1, 2, 1, 1, 2])
+    groups, layer = blocks.find_groups(model), model.model.layers[0]
+    seen = seen_by(model, [layer.mlp.experts])[0]
+    ids = torch.from_numpy(chosen.input_ids.copy())
+    hidden, calls = blocks.enter(model, ids, 2, ids.device)
+    weights = torch.tensor([row.weight for row in chosen.rows])
+    squares = allocation._pass(layer, groups[0], hidden, [of_all[0] for of_all in calls], weights.split(2))
+    x, index = (torch.cat([args[i] for args in seen]) for i in range(2))
+    of_token = weights.repeat_interleave(LENGTH)
+    for expert in range(EXPERTS):
+        mine = (index == expert).any(dim=1)
+        gate, up = F.linear(x[mine], layer.mlp.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        for kind, rows in (("gate_proj", x[mine]), ("up_proj", x[mine]), ("down_proj", F.silu(gate) * up)):
+            expected = (of_token[mine][:, None] * rows.square()).sum(dim=0)
+            assert torch.allclose(squares[f"mlp.experts.{expert}.{kind}"].float(), expected, rtol=1e-4), kind
+
+
 # --------------------------------------------------------------------------------------------- starved
 
 
@@ -386,40 +460,3 @@ def test_zeros_are_counted_anew_expert_by_expert() -> None:
     changed = {module for module, report in by_name(reports).items() if counted[module] != report}
     assert changed == {name}
     assert counted[name].zeros_found == int((model.model.layers[1].mlp.experts.gate_up_proj[2, :, 1::2] == 0).sum())
-
-
-# ------------------------------------------------------------------------------- sparsity by names of modules
-
-
-def test_experts_take_the_sparsity_of_their_names() -> None:
-    model = mixtral()
-    sparsity = Sparsity.parse("*.experts.1.*=75%,*.experts.*.down_proj=25%,*=50%")
-    blocks.check_structure(model, sparsity)
-    reports = by_name(prune(model, replace(SETTINGS, sparsity=sparsity), groups=blocks.find_groups(model, sparsity)))
-    asked = {name: report.zeros_asked / math.prod(report.shape) for name, report in reports.items()}
-    layer = "model.layers.0.mlp.experts"
-    assert asked[f"{layer}.1.down_proj"] == pytest.approx(0.75, abs=0.01)
-    assert asked[f"{layer}.0.down_proj"] == pytest.approx(0.25, abs=0.01)
-    assert asked[f"{layer}.0.gate_proj"] == pytest.approx(0.5, abs=0.01)
-
-
-def test_experts_are_left_dense_together_or_not_at_all() -> None:
-    model = mixtral()
-    before = as_bytes(model)
-    sparsity = Sparsity.parse("*.layers.0.mlp.experts.*=dense,*=50%")
-    groups = blocks.find_groups(model, sparsity)
-    reports = by_name(prune(model, replace(SETTINGS, sparsity=sparsity), groups=groups))
-    assert not any(".layers.0.mlp.experts" in name for name in reports)
-    assert any(".layers.1.mlp.experts" in name for name in reports)
-    dense = {entry.name for entry in blocks.untouched(model, groups, sparsity) if "left dense" in entry.reason}
-    assert dense == {f"model.layers.0.mlp.experts.{key}" for key in ("gate_up_proj", "down_proj")}
-    after = as_bytes(model)
-    assert all(before[name] == after[name] for name in dense)
-    with pytest.raises(ValueError, match="left dense together, or not at all"):
-        blocks.check_structure(model, Sparsity.parse("*.experts.1.*=dense,*=50%"))
-
-
-def test_owl_is_refused_for_experts() -> None:
-    model = mixtral()
-    with pytest.raises(ValueError, match="not known for mixtures of experts"):
-        allocation.owl(model, calibration(), SETTINGS, blocks.find_groups(model))
