@@ -283,7 +283,7 @@ def count_launches(pattern: str, device: torch.device) -> dict[str, Any]:
         H = Hessian(columns, device)
         H.add(X)
         U, by_column = H.factor().U, W.t().contiguous()
-        return lambda: sparsegpt.sweep_windows_(by_column, U, asked, [len(W)], H.kernels)
+        return lambda: sparsegpt.sweep_windows_(by_column, U, [asked], [len(W)], H.kernels)
 
     def theirs(columns: int) -> Callable[[], object]:
         W, X = inputs(columns)

@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> int:
         print("Error: --push-to-hub ID is missing. The job's disk is gone when it ends, and the pruned model with it.")
         return 2
     if "--output" in arguments:
-        print("Error: --output makes no sense in a job, whose disk is gone when it ends; the result goes to --push-to-hub.")
+        print(
+            "Error: --output makes no sense in a job, whose disk is gone when it ends; the result goes to --push-to-hub."
+        )
         return 2
     with tempfile.TemporaryDirectory() as folder:
         command = [optimum_cli(), "calibprune", "prune", *arguments, "--output", str(Path(folder) / "sparse")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from . import cli_study
-from .records import CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan, SourceProfile
+from .records import ALLOCATIONS, CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan, SourceProfile
 from .terminal import BAD_ARGUMENTS, FAILED, errors, interrupts, progress, quiet_libraries, say, table
 
 
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
 BESIDE_WEIGHTS = 2**25  # bytes on disk for tokenizer, records and card
 CONFIG_OPTIONS = (
-    *("revision", "sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping"),
+    *(
+        "revision",
+        "sparsity",
+        "allocation",
+        "mix",
+        "samples",
+        "length",
+        "micro_batch",
+        "method",
+        "sequential",
+        "damping",
+    ),
     *("capabilities", "seed", "seed_texts", "dtype", "device"),
 )
 
@@ -90,10 +101,12 @@ def plan_text(plan: Plan) -> str:
         reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
     dense = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "none"
     experts = f", with those of {plan.experts:,} experts," if plan.experts else ""
+    owl = ["  allocation     owl: blocks with more outliers lose less, the total is the same"]
     forward = "one forward" if plan.replays == 0 else f"{plan.replays} replays a block"
     return "\n".join(
         [
             f"Prune {plan.model} to {plan.pattern} with {plan.method}, calibrated on {plan.samples} x {plan.length} tokens",
+            *(owl if plan.allocation == "owl" else []),
             f"  mix            {plan.mix} of {', '.join(plan.sources)}",
             *(
                 [f"  written        {plan.written:,} tokens by the model itself, kept for the next run"]
@@ -131,7 +144,16 @@ class PruneCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
-        parser.add_argument("--sparsity", help="60%%, 0.6, or n:m such as 2:4 (default 50%%)")
+        parser.add_argument(
+            "--sparsity",
+            help="60%%, 0.6, or n:m such as 2:4 (default 50%%); by names of modules, where the first pattern that fits "
+            "counts: '*.mlp.*=70%%,*.o_proj=dense,*=50%%'",
+        )
+        parser.add_argument(
+            "--allocation",
+            help=f"{' or '.join(ALLOCATIONS)} (default {ALLOCATIONS[0]}); owl: blocks with more outliers lose less, the same in "
+            "total; unstructured sparsities only",
+        )
         _add_calibration(parser)
         _add_evaluation(parser)
         parser.add_argument("--method", help=f"{', '.join(METHODS)} (default {METHODS[0]})")

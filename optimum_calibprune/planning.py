@@ -47,6 +47,7 @@ def make_plan(
     return Plan(
         model=config.model,
         pattern=config.sparsity,
+        allocation=config.allocation,
         method=config.method,
         mix=config.mix,
         sources=tuple(sources),
@@ -57,7 +58,7 @@ def make_plan(
         modules=sum(len(stop.names) for stop in stops),
         experts=sum(stop.count for stop in stops if isinstance(stop, Experts)),
         weights=sum(given.rows * given.columns for stop in stops for given in stop.inputs),
-        untouched=blocks.untouched(model, groups),
+        untouched=blocks.untouched(model, groups, config.sparsity),
         capabilities=tuple(capabilities),
         micro_batch=config.micro_batch,
         resident=resident,
@@ -98,6 +99,7 @@ def _seconds(model: PreTrainedModel, groups: list[list[Stop]], config: CalibPrun
     """Of the pruning stage: products and the sweep at rates measured here and now."""
     assert config.samples and config.length
     tokens = config.samples * config.length
+    forwards = 1 + replays + (config.allocation == "owl")
     solutions = 1 + ROUNDS if config.mix.kind == "balanced" and config.mix.option("worst") else 1
     forward_rate, solve_rate = _product_rate(model.dtype, model.device), _product_rate(torch.float32, model.device)
     inputs = [given for block in groups for stop in block for given in stop.inputs]
@@ -105,7 +107,7 @@ def _seconds(model: PreTrainedModel, groups: list[list[Stop]], config: CalibPrun
     seconds = 0.0
     for given in inputs:
         columns, outputs, arriving = given.columns, given.rows, tokens * given.share
-        seconds += (1 + replays) * 2 * arriving * columns * outputs / forward_rate
+        seconds += forwards * 2 * arriving * columns * outputs / forward_rate
         seconds += arriving * columns**2 / solve_rate  # one triangle of the Hessian
         seconds += solutions * (2 / 3 * columns**3 + 3 * outputs * columns**2) / solve_rate  # factor, updates, errors
         seconds += solutions * (outputs * columns / sweep_rate + columns * COLUMN_SECONDS)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -34,7 +35,7 @@ from .choices import (
 )
 from .loading import load_model
 from .planning import make_plan
-from .pruning import blocks, schedule
+from .pruning import allocation, blocks, schedule
 from .publishing import hub, reproduce
 from .records import (
     CAPABILITIES,
@@ -101,7 +102,7 @@ class CalibPruner:
         self._sources = choose_sources(self.config, listed(sources))
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         blocks.check_model(self.model, self.config.sparsity)
-        self._groups = blocks.find_groups(self.model)
+        self._groups = blocks.find_groups(self.model, self.config.sparsity)
 
     @classmethod
     def from_pretrained(
@@ -251,20 +252,32 @@ class CalibPruner:
     ) -> PruneReport:
         config = self.config
         settings = schedule.Settings(
-            pattern=config.sparsity,
+            sparsity=config.sparsity,
             method=config.method,
             damping=config.damping,
             sequential=config.sequential,
             micro_batch=plan.micro_batch,
             resident=plan.resident,
         )
+        device = torch.device(plan.device)
+        if config.allocation == "owl":
+            zeros = allocation.owl(
+                self.model,
+                calibration,
+                settings,
+                self._groups,
+                device=device,
+                on_progress=_stage(on_progress, "find outliers"),
+                cancelled=cancelled,
+            )
+            settings = replace(settings, zeros=zeros)
         layers: list[LayerReport] = []
         for reports in schedule.prune_blocks(
             self.model,
             calibration,
             settings,
             groups=self._groups,
-            device=torch.device(plan.device),
+            device=device,
             on_progress=_stage(on_progress, "prune"),
             cancelled=cancelled,
         ):

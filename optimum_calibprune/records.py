@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from .record import Record, unknown
 from .values import (
+    ALLOCATIONS,
     ANY,
     CAPABILITIES,
     HALF,
@@ -20,12 +21,14 @@ from .values import (
     NORMALISE,
     SEQUENTIAL,
     MixRule,
-    SparsityPattern,
+    Sparsity,
+    SparsityPattern,  # noqa: F401 (other rooms take it from here)
     require,
 )
 
 
 CONFIG_NAME = "calibprune_config.json"
+LEFT_DENSE = "left dense, as asked by "
 
 
 # --------------------------------------------------------------------------------------------- the job
@@ -35,6 +38,8 @@ CONFIG_NAME = "calibprune_config.json"
 class CalibPruneConfig(Record):
     """Everything that decides a run. Python keywords, command-line options and the saved file use these names.
 
+    `sparsity` is `"60%"`, 0.6 or `"2:4"`, or a mapping from names of modules to these: see `Sparsity`.
+    `allocation="owl"` takes less from blocks with many outliers and more from the others, the same in total.
     `samples` and `length` (tokens) may be left out: 128 x 2048, for the pocket model 64 x 256. `micro_batch` is the number
     of samples whose arithmetic is done together; left out, it is as many as make about 2048 tokens. `sequential="module"`
     lets each module see what the pruned ones before it produce; `"block"` is the two-pass scheme of the SparseGPT paper.
@@ -43,7 +48,8 @@ class CalibPruneConfig(Record):
 
     model: str
     revision: str | None = None
-    sparsity: SparsityPattern = HALF
+    sparsity: Sparsity = HALF
+    allocation: str = "uniform"
     method: str = "sparsegpt"
     mix: MixRule = IGSP
     sources: tuple[str, ...] = ()
@@ -59,15 +65,20 @@ class CalibPruneConfig(Record):
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sparsity", SparsityPattern.parse(self.sparsity))
+        object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
         object.__setattr__(self, "mix", MixRule.parse(self.mix))
         if isinstance(self.capabilities, str):
             object.__setattr__(self, "capabilities", tuple(part.strip() for part in self.capabilities.split(",")))
         object.__setattr__(self, "sources", (self.sources,) if isinstance(self.sources, str) else tuple(self.sources))
         require(bool(self.model), "No model was given: a Hub id, a local folder, or 'pocket'.")
-        for kind, given, allowed in (("method", self.method, METHODS), ("sequential", self.sequential, SEQUENTIAL)):
-            if given not in allowed:
-                raise unknown(kind, given, allowed)
+        for kind, allowed in (("method", METHODS), ("sequential", SEQUENTIAL), ("allocation", ALLOCATIONS)):
+            if getattr(self, kind) not in allowed:
+                raise unknown(kind, getattr(self, kind), allowed)
+        require(
+            self.allocation == "uniform" or not self.sparsity.structured,
+            f"allocation={self.allocation!r} moves zeros from block to block, which n:m does not allow; {self.sparsity} was "
+            "given. Use an unstructured sparsity such as '50%', or allocation='uniform'.",
+        )
         if len(self.capabilities) != 1 or self.capabilities[0] not in ("auto", "none"):
             for name in self.capabilities:
                 if name not in CAPABILITIES:
@@ -252,7 +263,7 @@ class LayerReport(Record):
 
 @dataclass(frozen=True)
 class Untouched(Record):
-    """A matrix that was not pruned, and why."""
+    """A matrix that was not pruned, and why; where the sparsity left it dense, the reason begins with `LEFT_DENSE`."""
 
     name: str
     shape: tuple[int, ...]
@@ -263,7 +274,7 @@ class Untouched(Record):
 class PruneReport(Record):
     """All layers of a run. `replays` is the number of block forwards beyond the first that each micro-batch cost."""
 
-    pattern: SparsityPattern
+    pattern: Sparsity
     method: str
     layers: tuple[LayerReport, ...]
     untouched: tuple[Untouched, ...]
@@ -297,7 +308,7 @@ class Plan(Record):
     from measured rates, of the pruning alone."""
 
     model: str
-    pattern: SparsityPattern
+    pattern: Sparsity
     method: str
     mix: MixRule
     sources: tuple[str, ...]
@@ -316,6 +327,7 @@ class Plan(Record):
     seconds: float
     written: int = 0
     experts: int = 0
+    allocation: str = "uniform"
 
 
 # ---------------------------------------------------------------------------------------- capabilities

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that a user writes as text: a sparsity pattern, the rule of a mix; and the names that are allowed."""
+"""The values that a user writes as text: a sparsity, the rule of a mix; and the names that are allowed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 from .record import unknown
 
@@ -15,6 +18,7 @@ SELF = "self"  # the source that is the model itself, as a user names it
 METHODS = ("sparsegpt", "wanda", "magnitude")
 SEQUENTIAL = ("module", "block")
 NORMALISE = ("none", "trace", "minimax")
+ALLOCATIONS = ("uniform", "owl")
 
 # The options of each mix, with their defaults; what they mean stands where they are used.
 OPTIONS: dict[str, dict[str, float]] = {
@@ -83,6 +87,91 @@ class SparsityPattern:
         return percent if float(percent[:-1]) / 100 == self.fraction else repr(self.fraction)
 
 
+EVERY_MODULE = "*"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What each module is pruned to: the pattern of the first rule whose glob fits its full name; None leaves it dense.
+
+    `"60%"`, `0.6` and `"2:4"` hold for every module. By module: `"*.mlp.*=70%,*.o_proj=dense,*=50%"`, or a mapping
+    `{"*.mlp.*": 0.7, "*.o_proj": "dense", "*": 0.5}`, read in its order. Globs are those of `fnmatch` (`*`, `?`, `[01]`)
+    on names such as `model.layers.3.mlp.up_proj`, and case counts. A sparsity of 0 means dense, too.
+    """
+
+    rules: tuple[tuple[str, SparsityPattern | None], ...]
+
+    def __post_init__(self) -> None:
+        require(bool(self.rules), "A sparsity by module names at least one, as in '*.mlp.*=70%,*=50%'.")
+        for glob, _ in self.rules:
+            require(
+                bool(glob) and not set(glob) & set(",= \t\n"),
+                f"{glob!r} is no pattern for names of modules; write one such as '*.mlp.*', without ',', '=' and spaces.",
+            )
+        require(len(dict(self.rules)) == len(self.rules), "A sparsity by module names each pattern once.")
+        require(any(pattern for _, pattern in self.rules), f"{self} leaves every module dense.")
+
+    @classmethod
+    def parse(cls, given: str | float | SparsityPattern | Mapping[str, Any] | Sparsity) -> Sparsity:
+        """What the class says, as text, number or mapping; `ValueError` for anything else."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            return cls(tuple((str(glob).strip(), _pattern_or_dense(asked)) for glob, asked in given.items()))
+        if not isinstance(given, str) or "=" not in given:
+            return cls(((EVERY_MODULE, SparsityPattern.parse(given)),))
+        parts = [part.rpartition("=") for part in given.split(",")]
+        return cls(tuple((glob.strip(), _pattern_or_dense(asked)) for glob, _, asked in parts))
+
+    def of(self, module: str) -> SparsityPattern | None:
+        """The pattern of one module, by its full name; `ValueError` where no glob fits it."""
+        return dict(self.rules)[self.glob_of(module)]
+
+    def glob_of(self, module: str) -> str:
+        """The glob that decides about a module; `ValueError` where none fits it."""
+        for glob, _ in self.rules:
+            if fnmatchcase(module, glob):
+                return glob
+        raise ValueError(f"The sparsity {self} says nothing about {module}; end it with '*=50%', or with '*={DENSE}'.")
+
+    def check(self, modules: Iterable[str]) -> None:
+        """Raises `ValueError` for a module that no glob fits, and for a glob that decides about none of the modules."""
+        modules = list(modules)
+        used = {self.glob_of(module) for module in modules}
+        for glob, _ in self.rules:
+            if glob not in used and any(fnmatchcase(module, glob) for module in modules):
+                raise ValueError(
+                    f"{glob!r} of the sparsity {self} decides about no module: the first pattern that fits counts, and "
+                    "those before it fit all that it fits. Write it before them."
+                )
+            require(
+                glob in used,
+                f"{glob!r} of the sparsity {self} fits no module that can be pruned; their names are like {modules[0]!r}.",
+            )
+
+    @property
+    def structured(self) -> tuple[SparsityPattern, ...]:
+        """Those of its patterns that are n:m."""
+        return tuple(pattern for _, pattern in self.rules if pattern is not None and pattern.m is not None)
+
+    @property
+    def by_module(self) -> bool:
+        """Whether it is not one pattern for all."""
+        return len(self.rules) > 1 or self.rules[0][0] != EVERY_MODULE
+
+    def __str__(self) -> str:
+        if not self.by_module:
+            return str(self.rules[0][1] or DENSE)
+        return ",".join(f"{glob}={pattern or DENSE}" for glob, pattern in self.rules)
+
+
+def _pattern_or_dense(given: Any) -> SparsityPattern | None:
+    if not isinstance(given, SparsityPattern) and str(given).strip() in (DENSE, "0", "0.0", "0%"):
+        return None
+    return SparsityPattern.parse(given)
+
+
 @dataclass(frozen=True)
 class MixRule:
     """How samples are chosen: a kind of `MIXES`, alone or with what belongs to it after a colon.
@@ -147,5 +236,5 @@ def _unknown_option(kind: str, name: str) -> ValueError:
     return unknown(f"option of the mix {kind!r}", name, tuple(OPTIONS[kind]))
 
 
-HALF = SparsityPattern(0.5)
+HALF = Sparsity(((EVERY_MODULE, SparsityPattern(0.5)),))  # the default sparsity
 IGSP = MixRule("igsp")  # the default mix

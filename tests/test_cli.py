@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,11 +55,52 @@ def test_the_recorded_command_does_it_again_and_json_goes_to_stdout_alone(tmp_pa
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
+def test_sparsity_by_module_from_the_plan_to_the_card_and_again(tmp_path: Path) -> None:
+    asked = "*.down_proj=dense,*.mlp.*=70%,*=50%"
+    options = ["--sparsity", asked, "--mix", "uniform", "--capabilities", "none", *SMALL]
+    first = run("prune", "pocket", *options, "--output", "a", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert f"Prune pocket to {asked} with sparsegpt" in first.stdout
+    assert "6 x left dense, as asked by '*.down_proj'" in first.stdout
+    record = RunRecord.from_json((tmp_path / "a" / "calibprune.json").read_text())
+    for layer in record.prune.layers:
+        share = layer.zeros_asked / (layer.shape[0] * layer.shape[1])
+        assert share == pytest.approx(0.7 if ".mlp." in layer.module else 0.5, abs=1e-4)
+    assert f"`{asked}`" in (tmp_path / "a" / "README.md").read_text()
+    words = shlex.split(record.command.replace("--output DIR", "--output b"))
+    again = subprocess.run([CLI, *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_owl_from_the_plan_to_the_card_and_again(tmp_path: Path) -> None:
+    options = ["--mix", "uniform", "--capabilities", "none", *SMALL]
+    without = run("prune", "pocket", *options, "--output", "without", cwd=tmp_path)
+    assert without.returncode == 0, without.stderr
+    first = run("prune", "pocket", "--allocation", "owl", *options, "--output", "a", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "allocation     owl: blocks with more outliers lose less" in first.stdout
+    records = {
+        name: RunRecord.from_json((tmp_path / name / "calibprune.json").read_text()) for name in ("without", "a")
+    }
+    asked = {name: [layer.zeros_asked for layer in record.prune.layers] for name, record in records.items()}
+    assert sum(asked["a"]) == sum(asked["without"])
+    assert asked["a"] != asked["without"]
+    assert "(OWL, arXiv:2310.05175)" in (tmp_path / "a" / "README.md").read_text()
+    words = shlex.split(records["a"].command.replace("--output DIR", "--output b"))
+    again = subprocess.run([CLI, *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert again.returncode == 0, again.stderr
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("without", "a", "b")]
+    assert files[0] != files[1] == files[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["pocket", "--mix", "unifrom", "--output", "out"], "Unknown mix 'unifrom'. Did you mean 'uniform'?"),
         (["pocket", "--sparsity", "1.2", "--output", "out"], "Sparsity must lie between 0 and 1"),
+        (["pocket", "--allocation", "owl", "--sparsity", "2:4", "--output", "out"], "which n:m does not allow"),
+        (["pocket", "--sparsity", "*.mpl.*=70%,*=50%", "--output", "out"], "fits no module that can be pruned"),
         (["pocket", "--output", "taken"], "taken is not empty"),
         (["pocket"], "the following arguments are required: --output"),
     ],

@@ -18,6 +18,7 @@ from optimum_calibprune.records import (
     CapabilityRetention,
     MixRule,
     Scores,
+    Sparsity,
     SparsityPattern,
     TaskScore,
 )
@@ -50,6 +51,75 @@ def test_a_pattern_is_parsed_and_shown(given: str | float, fraction: float, show
 def test_a_bad_pattern_is_refused_in_one_sentence(given: str | float | None) -> None:
     with pytest.raises(ValueError, match=r"Sparsity must|n:m pattern needs|Unknown sparsity"):
         SparsityPattern.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (0.6, "60%"),
+        ("2:4", "2:4"),
+        (SparsityPattern(0.5), "50%"),
+        ("*=50%", "50%"),
+        ({"*": 0.5}, "50%"),
+        ({"*.mlp.*": 0.7, "*": "50%"}, "*.mlp.*=70%,*=50%"),
+        (" *.mlp.*=0.7, *=50%", "*.mlp.*=70%,*=50%"),
+        ({"*.o_proj": 0, "*.k_proj": "0%", "*.[01].*": "2:4", "*": 1 / 3}, None),
+        ("*.o_proj=dense,*=33.3%", "*.o_proj=dense,*=33.3%"),
+    ],
+)
+def test_a_sparsity_is_parsed_shown_and_kept_in_json(given: object, shown: str | None) -> None:
+    sparsity = Sparsity.parse(given)
+    assert str(sparsity) == shown or shown is None
+    assert Sparsity.parse(str(sparsity)) == sparsity
+    config = CalibPruneConfig("pocket", sparsity=given)
+    assert json.loads(config.to_json())["sparsity"] == str(sparsity)
+    assert CalibPruneConfig.from_json(config.to_json()) == config
+
+
+def test_the_first_pattern_that_fits_a_name_counts() -> None:
+    sparsity = Sparsity.parse({"*.layers.0.*": "dense", "*.mlp.*": 0.7, "*.layers.1?.*": "2:4", "*": 0.5})
+    found = [sparsity.of(f"model.layers.{name}") for name in ("0.mlp.up_proj", "10.mlp.up_proj", "10.q", "1.q")]
+    assert [str(pattern) for pattern in found] == ["None", "70%", "2:4", "50%"]
+    assert Sparsity.parse("60%").of("anything") == SparsityPattern(0.6)
+    with pytest.raises(
+        ValueError, match=r"\*\.MLP\.\*=70% says nothing about layers\.0\.mlp\.up; end it with '\*=50%'"
+    ):
+        Sparsity.parse("*.MLP.*=70%").of("layers.0.mlp.up")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("*.mpl.*=70%,*=50%", r"'\*\.mpl\.\*' of the sparsity .* fits no module .* like 'layers\.0\.attn\.q'"),
+        ("*=50%,*.mlp.*=70%", r"'\*\.mlp\.\*' of the sparsity .* decides about no module: the first .* before them"),
+        ("*.mlp.*=70%", r"says nothing about layers\.0\.attn\.q"),
+    ],
+)
+def test_a_sparsity_is_checked_against_the_modules(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sparsity.parse(given).check(["layers.0.attn.q", "layers.0.mlp.up"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "names at least one"),
+        ("*=dense", "leaves every module dense"),
+        ({"a": 0, "b": "dense"}, "leaves every module dense"),
+        ("a=50%,a=60%", "names each pattern once"),
+        ("=50%", "'' is no pattern for names"),
+        ("a=b=50%", "'a=b' is no pattern for names"),
+        ("a b=50%", "'a b' is no pattern for names"),
+        ("a=50%,", "Unknown sparsity ''"),
+        ("a=x", "Unknown sparsity 'x'"),
+        ({"a": 1.2}, "between 0 and 1"),
+        ("dense", "Unknown sparsity 'dense'"),
+        (0, "between 0 and 1"),
+    ],
+)
+def test_a_bad_sparsity_is_refused_in_one_sentence(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sparsity.parse(given)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +156,12 @@ def test_a_bad_mix_is_refused(given: str, message: str) -> None:
     [
         ({"method": "sparsegtp"}, "Did you mean 'sparsegpt'"),
         ({"sequential": "x"}, "Unknown sequential"),
+        ({"allocation": "own"}, "Did you mean 'owl'"),
+        ({"allocation": "owl", "sparsity": "2:4"}, "moves zeros from block to block, which n:m does not allow; 2:4"),
+        (
+            {"allocation": "owl", "sparsity": {"*.mlp.*": "2:4", "*": 0.5}},
+            r"does not allow; \*\.mlp\.\*=2:4,\*=50% was",
+        ),
         ({"capabilities": "genral"}, "Did you mean 'general'"),
         ({"capabilities": ("auto", "math")}, "Unknown capability 'auto'"),
         ({"samples": 0}, "samples must be at least 1"),

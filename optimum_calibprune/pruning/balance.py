@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..records import CalibrationSet, SparsityPattern
+from ..records import CalibrationSet
 from .hessian import Hessian
-from .sparsegpt import Solution, relative_error, solve
+from .sparsegpt import Solution, Target, relative_error, solve
 
 
 ROUNDS = 4  # solutions of the minimax search beyond the first
@@ -136,7 +136,7 @@ def improve_worst(
     first: Solution,
     hessians: Sequence[Hessian],
     weights: Sequence[float],
-    pattern: SparsityPattern,
+    target: Target,
     *,
     method: str = "sparsegpt",
     damping: float = 0.01,
@@ -168,7 +168,7 @@ def improve_worst(
             break
         factors = [max(LEAST_FACTOR, error / worst) ** STEP for error in errors]
         current = [weight * factor for weight, factor in zip(current, factors, strict=True)]
-        solution = solve(W, Hessian.balanced(hessians, current), pattern, method=method, damping=damping)
+        solution = solve(W, Hessian.balanced(hessians, current), target, method=method, damping=damping)
         errors = errors_of(solution)
         if max(errors) < least:
             best, least = solution, max(errors)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..records import SparsityPattern, Untouched
+from ..records import LEFT_DENSE, Sparsity, SparsityPattern, Untouched
 from .stops import (
     Experts,
     InputGroup,
     Stop,
-    columns_of,
     fused,
     is_fused,
     is_linear,
     is_router,
+    matrices_in,
     matrices_of,
+    matrix,
     prunable,
     weight_of,
 )
@@ -80,9 +81,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, module
 
 
-def check_model(model: PreTrainedModel, pattern: SparsityPattern) -> None:
+def check_model(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
     """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
-    check_structure(model, pattern)
+    check_structure(model, sparsity)
     home = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.device != home:
@@ -106,20 +107,28 @@ def _pruned_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return found
 
 
-def check_structure(model: PreTrainedModel, pattern: SparsityPattern) -> None:
+def check_structure(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
     """The part of `check_model` that needs no weights, for a model on the meta device."""
     check_config(model.config)
-    blocks_name, blocks = find_blocks(model)
     pruned = _pruned_parameters(model)
     if not pruned:
         raise ValueError(f"The blocks of {type(model).__name__} hold no linear layer that can be pruned.")
     _check_whole(model, pruned)
-    for i, block in enumerate(blocks):
-        for name, columns in columns_of(block).items():
-            if pattern.m is not None and columns % pattern.m:
-                raise ValueError(
-                    f"{blocks_name}.{i}.{name} has {columns} columns, which m = {pattern.m} of {pattern} does not divide."
-                )
+    sparsity, matrices = Sparsity.parse(sparsity), _matrices(model)
+    sparsity.check(matrices)
+    for name, W in matrices.items():
+        columns, pattern = W.shape[1], sparsity.of(name)
+        if pattern is not None and pattern.m is not None and columns % pattern.m:
+            raise ValueError(f"{name} has {columns} columns, which m = {pattern.m} of {pattern} does not divide.")
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All that can be pruned, `[outputs, inputs]`, by its full name."""
+    blocks_name, blocks = find_blocks(model)
+    found = (
+        (f"{blocks_name}.{i}.{name}", W) for i, block in enumerate(blocks) for name, W in matrices_in(block).items()
+    )
+    return dict(found)
 
 
 def _check_whole(model: PreTrainedModel, pruned: dict[str, nn.Parameter]) -> None:
@@ -179,20 +188,36 @@ def _short_text(model: PreTrainedModel) -> Tensor:
     return torch.arange(8, device=embeddings.weight.device)[None] % embeddings.num_embeddings
 
 
-def untouched(model: PreTrainedModel, groups: list[list[Stop]]) -> tuple[Untouched, ...]:
-    """Every matrix outside `groups`, and why it stays dense."""
+def untouched(
+    model: PreTrainedModel, groups: list[list[Stop]], sparsity: Sparsity | None = None
+) -> tuple[Untouched, ...]:
+    """Every matrix outside `groups`, and why it stays dense; `sparsity` says which of them were left out on purpose."""
+    left_dense = _left_dense(model, sparsity) if sparsity is not None else {}
     pruned: set[int] = set()
     for stop in (stop for block in groups for stop in block):
         modules = [stop.module] if isinstance(stop, Experts) else stop.modules
         pruned |= {id(parameter) for module in modules for parameter in module.parameters()}
-    return tuple(
-        Untouched(name, tuple(parameter.shape), _why_untouched(model, name, parameter))
+    others = [
+        Untouched(name, tuple(parameter.shape), _why_untouched(model, name, parameter, left_dense))
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2 and id(parameter) not in pruned
-    )
+    ]
+    return (*others, *_experts_left_dense(model, groups, left_dense))
 
 
-def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> str:
+def _experts_left_dense(
+    model: PreTrainedModel, groups: list[list[Stop]], left_dense: dict[str, str]
+) -> Iterator[Untouched]:
+    """Where some matrices of fused experts are pruned: those that are not."""
+    blocks_name, _ = find_blocks(model)
+    for i, block in enumerate(groups):
+        for stop in block:
+            for name in sorted(stop.dense) if isinstance(stop, Experts) else ():
+                full = f"{blocks_name}.{i}.{name}"
+                yield Untouched(full, tuple(matrix(model, full).shape), f"{LEFT_DENSE}{left_dense[full]!r}")
+
+
+def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter, left_dense: dict[str, str]) -> str:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     blocks_name, blocks = find_blocks(model)
     if embeddings is not None and parameter is embeddings.weight:
@@ -201,9 +226,15 @@ def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter) -
         return "the output head, which is never pruned"
     if not name.startswith(f"{blocks_name}."):
         return "outside the decoder blocks"
-    number, _, path = name.removeprefix(f"{blocks_name}.").rpartition(".")[0].partition(".")
+    owner = name.rpartition(".")[0]
+    globs = [glob for full, glob in left_dense.items() if full == owner]
+    number, _, path = owner.removeprefix(f"{blocks_name}.").partition(".")
     block = blocks[int(number)]
     module = block.get_submodule(path)
+    if is_fused(module):
+        globs = sorted({glob for full, glob in left_dense.items() if full.startswith(f"{owner}.")})
+    if globs:
+        return f"{LEFT_DENSE}{', '.join(map(repr, globs))}"
     if parameter is getattr(module, "weight", None) and is_router(block, path):
         return "a router, which is never pruned"
     if not isinstance(module, nn.Linear | Conv1D):
@@ -213,34 +244,45 @@ def _why_untouched(model: PreTrainedModel, name: str, parameter: nn.Parameter) -
     return "not reached by a forward pass, or shared with another module"
 
 
+def _left_dense(model: PreTrainedModel, sparsity: Sparsity) -> dict[str, str]:
+    """The full names of the matrices that are to stay dense, and the glob that says so."""
+    return {name: sparsity.glob_of(name) for name in _matrices(model) if sparsity.of(name) is None}
+
+
 @torch.no_grad()
-def find_groups(model: PreTrainedModel) -> list[list[Stop]]:
+def find_groups(model: PreTrainedModel, sparsity: Sparsity | None = None) -> list[list[Stop]]:
     """The stops of each block: fused experts, and linear layers grouped by the identity of the tensors that arrive, found
-    by one short forward.
+    by one short forward; what `sparsity` leaves dense belongs to none.
 
     The model is put into eval mode: dropout would split the groups.
     """
     model.eval()
     blocks_name, blocks = find_blocks(model)
+    left_dense = _left_dense(model, sparsity) if sparsity is not None else {}
     seen: list[list[_Seen]] = [[] for _ in blocks]
     everywhere = model.named_modules(remove_duplicate=False)
     owners = Counter(id(parameter) for _, module in everywhere for parameter in module.parameters(recurse=False))
     handles = []
     for i, block in enumerate(blocks):
         for name, module in (prunable(block) | fused(block)).items():
-            if all(owners[id(parameter)] == 1 for parameter in module.parameters(recurse=False)):
+            alone = all(owners[id(parameter)] == 1 for parameter in module.parameters(recurse=False))
+            if alone and f"{blocks_name}.{i}.{name}" not in left_dense:
                 handles.append(module.register_forward_pre_hook(_record(seen[i], name), with_kwargs=True))
     with _hooks(handles):
         model(input_ids=_short_text(model), use_cache=False)
-    if not any(seen):
-        raise ValueError(f"All linear layers of {type(model).__name__} are shared; such models cannot be pruned yet.")
     for i, block in enumerate(blocks):
         for name in fused(block).keys() - {entry[0] for entry in seen[i]}:
             raise ValueError(
                 f"{blocks_name}.{i}.{name} is not reached by a forward pass, or is shared with another block. Such experts "
                 "cannot be pruned yet."
             )
-    return [_by_input(calls) for calls in seen]
+    inside = [{name.removeprefix(f"{blocks_name}.{i}.") for name in left_dense} for i in range(len(blocks))]
+    groups = [_by_input(calls, dense) for calls, dense in zip(seen, inside, strict=True)]
+    if not any(groups):
+        raise ValueError(
+            f"All linear layers of {type(model).__name__} are shared, or left dense; such models cannot be pruned yet."
+        )
+    return groups
 
 
 _Seen = tuple[str, nn.Module, Any]  # a module's name, itself, and what it was called with
@@ -253,8 +295,8 @@ def _record(seen: list[_Seen], name: str) -> Callable[[nn.Module, tuple[Any, ...
     return called
 
 
-def _by_input(calls: list[_Seen]) -> list[Stop]:
-    """The stops in the order in which a forward first comes to them."""
+def _by_input(calls: list[_Seen], dense: Collection[str]) -> list[Stop]:
+    """The stops in the order in which a forward first comes to them; of experts, what is in `dense` stays so."""
     names = [name for name, _, _ in calls]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -266,14 +308,16 @@ def _by_input(calls: list[_Seen]) -> list[Stop]:
             groups.append((x, [(name, module)]))
         else:
             members.append((name, module))
-    return [_stop(*zip(*members, strict=True), x) for x, members in groups]
+    stops = [_stop(*zip(*members, strict=True), x, dense) for x, members in groups]
+    return [stop for stop in stops if stop.names]
 
 
-def _stop(names: tuple[str, ...], modules: tuple[nn.Module, ...], called: Any) -> Stop:
+def _stop(names: tuple[str, ...], modules: tuple[nn.Module, ...], called: Any, dense: Collection[str]) -> Stop:
     if not is_fused(modules[0]):
         return InputGroup(names, modules)
     _, index = Experts(names[0], modules[0], per_token=1).read(*called)
-    return Experts(names[0], modules[0], per_token=index.shape[-1])
+    left = frozenset(name for name in dense if name.startswith(f"{names[0]}."))
+    return Experts(names[0], modules[0], per_token=index.shape[-1], dense=left)
 
 
 # --------------------------------------------------------------------------------- one block at a time
@@ -359,6 +403,16 @@ def capture(
 def embed(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Tensor:
     """Hidden states that enter the first block, `[samples, length, width]`."""
     return capture(model, input_ids, device, count=1)[0]
+
+
+def enter(
+    model: PreTrainedModel, input_ids: Tensor, micro_batch: int, device: torch.device
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """For each micro-batch of `[samples, length]`: the hidden states that enter the first block, and each block's `Call`."""
+    batches = list(input_ids.split(micro_batch))
+    shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
+    calls = {size: capture(model, batch, device)[1] for size, batch in shapes.items()}
+    return [embed(model, batch, device) for batch in batches], [calls[len(batch)] for batch in batches]
 
 
 def _run_until_stopped(model: PreTrainedModel, input_ids: Tensor) -> None:

@@ -69,13 +69,13 @@ class Routed:
         experts, total = self.experts, sum(map(len, self.x))
         for expert, sent in enumerate(self.tokens()):
             ask(f"{experts.name}.{expert}")
-            inputs = [experts.first(expert), experts.last(expert)]
-            starved = [sent < least_tokens(total, _columns(matrices)) for matrices in inputs]
-            before = [self.arrive(expert, starved[i], between=i == 1) for i in range(2)] if dense else []
-            for i, matrices in enumerate(inputs):
+            inputs, columns = experts.pruned(expert), (_columns(experts.first(expert)), _columns(experts.last(expert)))
+            starved = [sent < least_tokens(total, each) for each in columns]
+            wanted = [i for i in range(2) if inputs[i]]
+            before = {i: self.arrive(expert, starved[i], between=i == 1) for i in wanted} if dense else {}
+            for i in wanted:
                 arrived = before[i] if dense else self.arrive(expert, starved[i], between=i == 1)
-                named = {f"{experts.name}.{expert}.{kind}": matrix for kind, matrix in matrices.items()}
-                for report in solve(named, arrived):
+                for report in solve(inputs[i], arrived):
                     yield replace(report, routed=sent, starved=starved[i])
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..records import CalibrationSet, LayerReport, SparsityPattern
+from ..records import CalibrationSet, LayerReport, Sparsity
 from . import blocks
 from .balance import Arrived, Balance, improve_worst
 from .blocks import Call
 from .experts import Routed
 from .forward import Forward, wait_before
 from .hessian import NotFinite
-from .sparsegpt import Solution, solve_together
+from .sparsegpt import Solution, Target, solve_together
 from .stops import Experts, Stop, matrix
 
 
@@ -35,14 +35,25 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed."""
+    """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed.
+    `zeros` says how many each module gets, where `allocation.owl` has counted them; else its pattern says so."""
 
-    pattern: SparsityPattern
+    sparsity: Sparsity
     method: str = "sparsegpt"
     damping: float = 0.01
     sequential: str = "module"
     micro_batch: int = 1
     resident: int | None = None
+    zeros: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
+
+    def target_of(self, module: str) -> Target:
+        """What a module that is in a group is pruned to."""
+        target = self.sparsity.of(module) if self.zeros is None else self.zeros[module]
+        assert target is not None, f"{module} is left dense, and yet in a group"
+        return target
 
 
 def resident_micro_batches(model: PreTrainedModel, stops: list[list[Stop]], tokens: int, device: torch.device) -> int:
@@ -86,7 +97,7 @@ def prune_blocks(
     Args:
         model: in memory, put into eval mode; on another device than `device`, its blocks are moved there one at a time.
         calibration: token ids `[samples, length]`, used in their order.
-        groups: of `blocks.find_groups`, where the caller has them already.
+        groups: of `blocks.find_groups` with the same sparsity, where the caller has them already.
         on_progress: called with (modules done, modules in all, name of the module).
         cancelled: asked before each group of modules; True raises `Cancelled`.
 
@@ -97,14 +108,11 @@ def prune_blocks(
     name, model_blocks = blocks.find_blocks(model)
     home = next(model_blocks.parameters()).device
     device = device or home
-    groups = groups if groups is not None else blocks.find_groups(model)
+    groups = groups if groups is not None else blocks.find_groups(model, settings.sparsity)
     step = settings.micro_batch
     ids = torch.from_numpy(calibration.input_ids.copy())
-    batches = list(ids.split(step))
     balance = Balance.of(calibration, step, device)
-    shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
-    calls = {size: blocks.capture(model, batch, device)[1] for size, batch in shapes.items()}
-    hidden = [blocks.embed(model, batch, device) for batch in batches]
+    hidden, calls = blocks.enter(model, ids, step, device)
     resident = settings.resident
     if resident is None:
         resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
@@ -116,10 +124,10 @@ def prune_blocks(
             name=f"{name}.{i}",
             stops=groups[i],
             hidden=hidden,
-            calls=[calls[len(batch)][i] for batch in batches],
+            calls=[of_all[i] for of_all in calls],
             balance=balance,
             step=step,
-            resident=min(resident, len(batches)),
+            resident=min(resident, len(hidden)),
             settings=settings,
         )
         reports: list[LayerReport] = []
@@ -167,7 +175,7 @@ class _BlockWalk:
             if isinstance(arrived, Routed):
                 yield from arrived.solve_in_turn(self._solve, dense=two_passes, ask=ask)
             else:
-                yield from self._solve(dict(zip(stop.names, stop.weights, strict=True)), arrived)
+                yield from self._solve(stop.matrices, arrived)
 
     def _solve(self, matrices: dict[str, Tensor], arrived: Arrived) -> Iterator[LayerReport]:
         """Prunes matrices `[rows, columns]` of one input in place."""
@@ -282,15 +290,16 @@ class _BlockWalk:
         )
 
     def _solutions(self, names: Sequence[str], weights: Sequence[Tensor], arrived: Arrived) -> list[Solution]:
-        pattern, method, damping = self.settings.pattern, self.settings.method, self.settings.damping
+        method, damping = self.settings.method, self.settings.damping
+        targets = [self.settings.target_of(name) for name in names]
         hessian = self.balance.combine(arrived.hessians)
-        solutions = solve_together(weights, hessian, pattern, method=method, damping=damping, names=names)
+        solutions = solve_together(weights, hessian, targets, method=method, damping=damping, names=names)
         if self.balance.normalise != "minimax":
             return solutions
         shares = self.balance.weights
         return [
-            improve_worst(W, first, arrived.hessians, shares, pattern, method=method, damping=damping)
-            for W, first in zip(weights, solutions, strict=True)
+            improve_worst(W, first, arrived.hessians, shares, target, method=method, damping=damping)
+            for W, first, target in zip(weights, solutions, targets, strict=True)
         ]
 
 

@@ -18,6 +18,7 @@ from .triangular import quadratic_form, spans
 
 BLOCK = 128
 PANEL = 4  # windows
+Target = SparsityPattern | int  # what a matrix is pruned to: a pattern, or a number of zeros, spread over it evenly
 
 
 @dataclass(frozen=True)
@@ -37,43 +38,71 @@ class Solution:
     rescue: str
 
 
-def solve(
-    W: Tensor, H: Hessian, pattern: SparsityPattern, *, method: str = "sparsegpt", damping: float = 0.01
-) -> Solution:
-    """Prunes one weight matrix `[rows, columns]` to `pattern`; see `solve_together`."""
-    return solve_together([W], H, pattern, method=method, damping=damping)[0]
+def solve(W: Tensor, H: Hessian, target: Target, *, method: str = "sparsegpt", damping: float = 0.01) -> Solution:
+    """Prunes one weight matrix `[rows, columns]` to its target; see `solve_together`."""
+    return solve_together([W], H, target, method=method, damping=damping)[0]
 
 
 @torch.no_grad()
 def solve_together(
     weights: Sequence[Tensor],
     H: Hessian,
-    pattern: SparsityPattern,
+    targets: Target | Sequence[Target],
     *,
     method: str = "sparsegpt",
     damping: float = 0.01,
     names: Sequence[str] | None = None,
 ) -> list[Solution]:
-    """Prunes the weight matrices `[rows, columns]` that read the same input, each to `pattern`; what was given is left
-    as it was. The host waits for the device twice: for the factor, and for the numbers of the solutions.
+    """Prunes the weight matrices `[rows, columns]` that read the same input, each to its target, or all to one; what was
+    given is left as it was. Those without n:m are solved in one sweep, and so are those of one n:m. For each of these sweeps
+    the host waits for the device twice: for the factor, and for the numbers of the solutions.
 
     Raises `ValueError`, with the names of the matrices where they are given, for weights that are not finite, before or
     after; for columns that m does not divide; and for a Hessian that is empty, not finite (`NotFinite`), or cannot be
     factored.
     """
-    columns, together = weights[0].shape[1], f"{', '.join(names)}: " if names else ""
-    if pattern.m is not None and columns % pattern.m:
-        raise ValueError(f"{together}{columns} columns are not divisible by m = {pattern.m} of the pattern {pattern}.")
+    several = [targets] * len(weights) if isinstance(targets, SparsityPattern | int) else list(targets)
+    names = names or [""] * len(weights)
+    solutions: dict[int, Solution] = {}
+    for alike in _alike(several):
+        of_these = ([of_all[i] for i in alike] for of_all in (weights, several, names))
+        solutions |= zip(alike, _solve_alike(*of_these, H, method, damping), strict=True)
+    return [solutions[i] for i in range(len(weights))]
+
+
+def _alike(targets: Sequence[Target]) -> list[list[int]]:
+    """Which of the targets can be had in one sweep: all that are unstructured, and all of the same n:m."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, target in enumerate(targets):
+        found.setdefault(_n_of_m(target), []).append(i)
+    return list(found.values())
+
+
+def _n_of_m(target: Target) -> tuple[int, int]:
+    """n and m; zeros where it is unstructured."""
+    return (target.n or 0, target.m or 0) if isinstance(target, SparsityPattern) else (0, 0)
+
+
+def _solve_alike(
+    weights: Sequence[Tensor],
+    targets: Sequence[Target],
+    names: Sequence[str],
+    H: Hessian,
+    method: str,
+    damping: float,
+) -> list[Solution]:
+    columns, (_, m) = weights[0].shape[1], _n_of_m(targets[0])
+    together = f"{', '.join(names)}: " if names[0] else ""
+    if m and columns % m:
+        raise ValueError(f"{together}{columns} columns are not divisible by m = {m} of the pattern {targets[0]}.")
     with full_precision():
         try:
-            answer = METHODS[method](weights, H, pattern, damping)
+            answer = METHODS[method](weights, H, targets, damping)
         except NotFactored as error:
             raise ValueError(f"{together}{error}") from error
-        numbers = [
-            _numbers(*of_one, answer.dead, H) for of_one in zip(weights, answer.weights, answer.masks, strict=True)
-        ]
-        numbers = torch.stack(numbers).tolist()
-    parts = zip(names or [""] * len(weights), answer.weights, answer.masks, numbers, strict=True)
+        tensors = zip(weights, answer.weights, answer.masks, strict=True)
+        numbers = torch.stack([_numbers(*of_one, answer.dead, H) for of_one in tensors]).tolist()
+    parts = zip(names, answer.weights, answer.masks, numbers, strict=True)
     return [_solution(name, weight, mask, of_one, answer) for name, weight, mask, of_one in parts]
 
 
@@ -92,7 +121,25 @@ class _Answer:
     rescue: str = ""
 
 
-def _sparsegpt(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+def zeros_in_parts(target: Target, method: str, rows: int, columns: int) -> list[int]:
+    """How many weights a method removes, without n:m, from each part of a matrix `[rows, columns]`: SparseGPT's parts are
+    windows of columns, Wanda's are rows, and to magnitude pruning the matrix is one.
+
+    A number of zeros is spread evenly: each part loses its share of them rounded down, and the first ones lose one more,
+    until the number is reached.
+    """
+    if method == "sparsegpt":
+        parts = [(rows, window.stop - window.start) for window in spans(columns, BLOCK)]
+    else:
+        parts = [(1, columns)] * rows if method == "wanda" else [(rows, columns)]
+    if isinstance(target, SparsityPattern):
+        return [round(target.fraction * height * width) for height, width in parts]
+    shares = [target * height * width // (rows * columns) for height, width in parts]
+    left = target - sum(shares)
+    return [share + (i < left) for i, share in enumerate(shares)]
+
+
+def _sparsegpt(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
     """SparseGPT (Frantar and Alistarh 2023): windows of columns; within each, the weights of every matrix with the
     smallest w^2 / U_jj^2 go, and their errors are moved into the columns to the right.
 
@@ -103,29 +150,37 @@ def _sparsegpt(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, 
     if factor.dead is not None:
         W.masked_fill_(factor.dead[:, None], 0.0)
     rows = [len(weight) for weight in weights]
-    mask = sweep_windows_(W, factor.U, pattern, rows, H.kernels)
+    mask = sweep_windows_(W, factor.U, targets, rows, H.kernels)
     how = factor.dead, factor.damping, factor.rescue
     del factor  # its square makes room for the new weights
     new = [_stored(part, weight.dtype) for part, weight in zip(W.split(rows, dim=1), weights, strict=True)]
     return _Answer(new, [part.t() for part in mask.split(rows, dim=1)], *how)
 
 
-def sweep_windows_(W: Tensor, U: Tensor, pattern: SparsityPattern, rows: Sequence[int], kernels: Kernels) -> Tensor:
-    """Prunes W `[columns, rows]` in place, the `rows` of several matrices side by side; returns the mask of its shape.
+def sweep_windows_(W: Tensor, U: Tensor, targets: Sequence[Target], rows: Sequence[int], kernels: Kernels) -> Tensor:
+    """Prunes W `[columns, rows]` in place, the `rows` of several matrices side by side, each to its target, which are all
+    unstructured or all of one n:m; returns the mask of its shape.
 
     A window's errors are moved into the other windows of its panel at once, and into the columns behind the panel
     together with those of the panel's other windows: as one product that is four times as deep, which is faster.
     """
-    width = BLOCK - BLOCK % (pattern.m or 1)
+    n, m = _n_of_m(targets[0])
+    width = BLOCK - BLOCK % (m or 1)
+    pairs = zip(targets, rows, strict=True)
+    counts = [] if m else [zeros_in_parts(target, "sparsegpt", several, len(W)) for target, several in pairs]
     mask = torch.empty_like(W, dtype=torch.bool)
     errors = W.new_empty(min(PANEL * width, len(W)), W.shape[1])
     for panel in spans(len(W), PANEL * width):
         of_panel = errors[: panel.stop - panel.start]
         for inside in spans(len(of_panel), width):
             window = slice(panel.start + inside.start, panel.start + inside.stop)
-            _remove(kernels, W[window], of_panel[inside], mask[window], U[window, window], pattern, rows)
-            if window.stop < panel.stop:
-                rest = slice(window.stop, panel.stop)
+            new, removed, own = W[window].t(), mask[window].t(), U[window, window]
+            if not m:
+                of_window = [of_matrix[window.start // width] for of_matrix in counts]
+                kernels.select_(removed, new, own.diagonal(), rows, of_window)
+            kernels.sweep_(new, of_panel[inside].t(), removed, own, n, m)
+            rest = slice(window.stop, panel.stop)
+            if rest.start < rest.stop:
                 W[rest].addmm_(U[window, rest].t(), of_panel[inside], alpha=-1)
         if panel.stop < len(W):
             W[panel.stop :].addmm_(U[panel, panel.stop :].t(), of_panel, alpha=-1)
@@ -156,46 +211,29 @@ def _rows_at_once(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 1024
 
 
-def _remove(
-    kernels: Kernels,
-    W: Tensor,
-    errors: Tensor,
-    mask: Tensor,
-    U: Tensor,
-    pattern: SparsityPattern,
-    rows: Sequence[int],
-) -> None:
-    """One window, `[width, rows]`: chooses, removes, and moves the errors inside it."""
-    if pattern.m is not None:
-        kernels.sweep_(W.t(), errors.t(), mask.t(), U, pattern.n or 0, pattern.m)
-        return
-    counts = [round(pattern.fraction * several * len(W)) for several in rows]
-    kernels.select_(mask.t(), W.t(), U.diagonal(), rows, counts)
-    kernels.sweep_(W.t(), errors.t(), mask.t(), U)
-
-
-def _wanda(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+def _wanda(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
     """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
     norms = H.diagonal.sqrt()
-    masks = [_by_score(W.abs() * norms, pattern) for W in weights]
+    masks = [_by_score("wanda", W.abs() * norms, target) for W, target in zip(weights, targets, strict=True)]
     return _Answer(_masked(weights, masks), masks, norms == 0)
 
 
-def _magnitude(weights: Sequence[Tensor], H: Hessian, pattern: SparsityPattern, damping: float) -> _Answer:
+def _magnitude(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
     """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
     H.check()
-    if pattern.m is not None:
-        masks = [_by_score(W.abs(), pattern) for W in weights]
-    else:
-        masks = [reference.smallest(W.abs(), round(pattern.fraction * W.numel())) for W in weights]
+    masks = [_by_score("magnitude", W.abs(), target) for W, target in zip(weights, targets, strict=True)]
     return _Answer(_masked(weights, masks), masks)
 
 
-def _by_score(scores: Tensor, pattern: SparsityPattern) -> Tensor:
-    if pattern.m is not None:
-        return reference.smallest_in_groups(scores, pattern.m - (pattern.n or 0), pattern.m)
-    columns = scores.shape[1]
-    return reference.smallest_in_groups(scores, round(pattern.fraction * columns), columns)
+def _by_score(method: str, scores: Tensor, target: Target) -> Tensor:
+    """Mask `[rows, columns]` of the smallest scores of each part, or of each m columns of a row."""
+    n, m = _n_of_m(target)
+    if m:
+        return reference.smallest_in_groups(scores, m - n, m)
+    counts = zeros_in_parts(target, method, *scores.shape)
+    if len(counts) == 1:
+        return reference.smallest(scores, counts[0])
+    return reference.smallest_in_rows(scores, counts)
 
 
 def _masked(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:

@@ -34,8 +34,9 @@ class InputGroup:
         return self.modules[0]
 
     @property
-    def weights(self) -> list[Tensor]:
-        return [weight_of(module) for module in self.modules]
+    def matrices(self) -> dict[str, Tensor]:
+        """What is pruned here, `[outputs, inputs]`, by its name: views."""
+        return {name: weight_of(module) for name, module in zip(self.names, self.modules, strict=True)}
 
     @property
     def columns(self) -> int:
@@ -43,7 +44,7 @@ class InputGroup:
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return (Input(self.columns, sum(len(weight) for weight in self.weights)),)
+        return (Input(self.columns, sum(map(len, self.matrices.values()))),)
 
     @property
     def width(self) -> int:
@@ -59,12 +60,14 @@ class InputGroup:
 class Experts:
     """A module that holds all experts of a block in tensors `[experts, ., .]`, as transformers fuses them.
 
-    Each expert is two inputs: `first` reads what the router sends it, `last` reads `between(x)`.
+    Each expert is two inputs: `first` reads what the router sends it, `last` reads `between(x)`. What of them is in
+    `dense` stays so.
     """
 
     name: str
     module: nn.Module
     per_token: int
+    dense: frozenset[str] = frozenset()
 
     @property
     def gate(self) -> nn.Module:
@@ -81,14 +84,19 @@ class Experts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        kinds = (*self.first(0), *self.last(0))
-        return tuple(f"{self.name}.{expert}.{kind}" for expert in range(self.count) for kind in kinds)
+        return tuple(self.matrices)
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """What is pruned here, `[outputs, inputs]`, by its name: views."""
+        parts = (part for expert in range(self.count) for part in self.pruned(expert))
+        return {name: W for part in parts for name, W in part.items()}
 
     @property
     def inputs(self) -> tuple[Input, ...]:
         share = min(1.0, self.per_token / self.count)
-        both = (list(self.first(0).values()), list(self.last(0).values()))
-        return tuple(Input(each[0].shape[1], sum(map(len, each)), share) for each in both) * self.count
+        parts = (list(part.values()) for expert in range(self.count) for part in self.pruned(expert))
+        return tuple(Input(part[0].shape[1], sum(map(len, part)), share) for part in parts if part)
 
     @property
     def width(self) -> int:
@@ -100,6 +108,15 @@ class Experts:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         index = next(tensor for tensor in tensors if not tensor.is_floating_point())
         return tensors[0].flatten(0, -2), index.flatten(0, -2)
+
+    def pruned(self, expert: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is pruned of one expert's `first` and `last`, by its name in the block."""
+
+        def chosen(matrices: dict[str, Tensor]) -> dict[str, Tensor]:
+            named = {f"{self.name}.{expert}.{kind}": W for kind, W in matrices.items()}
+            return {name: W for name, W in named.items() if name not in self.dense}
+
+        return chosen(self.first(expert)), chosen(self.last(expert))
 
     def first(self, expert: int) -> dict[str, Tensor]:
         """The matrices `[outputs, inputs]` of one expert that read what it is sent: views, by name."""
@@ -180,12 +197,11 @@ def _fused_beside(block: nn.Module) -> list[tuple[str, int]]:
     return [(name.removesuffix(name.rpartition(".")[2]), len(each.down_proj)) for name, each in fused(block).items()]
 
 
-def columns_of(block: nn.Module) -> dict[str, int]:
-    """The inputs of each matrix that is pruned, by its name; of experts, which are alike, those of the first."""
-    found = {name: weight_of(module).shape[1] for name, module in prunable(block).items()}
+def matrices_in(block: nn.Module) -> dict[str, Tensor]:
+    """All that can be pruned in one block, `[outputs, inputs]`, by its name: views."""
+    found = {name: weight_of(module) for name, module in prunable(block).items()}
     for name, module in fused(block).items():
-        experts = Experts(name, module, per_token=1)
-        found |= {f"{name}.0.{kind}": W.shape[1] for kind, W in (experts.first(0) | experts.last(0)).items()}
+        found |= Experts(name, module, per_token=1).matrices
     return found
 
 

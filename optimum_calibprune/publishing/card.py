@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..records import CalibrationSource, LayerReport, RunRecord
+from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord
 
 
 _HERE = Path(__file__).parent
@@ -25,11 +26,14 @@ def template_path() -> Path:
 def render(run: RunRecord, repo_id: str | None = None) -> str:
     """The card as Markdown with its metadata; `repo_id` is where the model will live, if that is known."""
     values = {
-        "title": f"{run.base.name} at {run.config.sparsity}",
+        "title": _title(run),
         "base_link": _base_link(run),
         "load_id": repo_id or "path/to/this/folder",
         "method": METHOD_NAMES[run.prune.method],
         "run": run,
+        "sparsity": _sparsity(run),
+        "by_module": run.config.sparsity.by_module,
+        "owl": _owl(run),
         "loss": _loss(run),
         "capabilities": _capability_rows(run),
         "total": _total(run),
@@ -100,6 +104,29 @@ def _layer_row(name: str, layers: Sequence[LayerReport]) -> dict[str, str]:
     }
 
 
+def _title(run: RunRecord) -> str:
+    return f"{run.base.name} at {_sparsity(run)}"
+
+
+def _sparsity(run: RunRecord) -> str:
+    """The sparsity as it was asked; where modules differ, the share that this is of all linear layers of the blocks."""
+    if not run.config.sparsity.by_module:
+        return str(run.config.sparsity)
+    left = sum(math.prod(entry.shape) for entry in run.prune.untouched if entry.reason.startswith(LEFT_DENSE))
+    return f"{sum(layer.zeros_asked for layer in run.prune.layers) / (run.prune.weights + left):.1%}"
+
+
+def _owl(run: RunRecord) -> str:
+    """What outlier-weighted allocation gave the modules; empty where it was not asked for."""
+    if run.config.allocation != "owl":
+        return ""
+    shares = [layer.zeros_asked / math.prod(layer.shape) for layer in run.prune.layers]
+    return (
+        f"Blocks with more outliers lose less (OWL, arXiv:2310.05175): of a matrix {_percent(min(shares))} to "
+        f"{_percent(max(shares))} were asked, in total as many as without it."
+    )
+
+
 def _metadata(run: RunRecord) -> ModelCardData:
     on_hub = run.base.revision is not None
     return ModelCardData(
@@ -110,7 +137,7 @@ def _metadata(run: RunRecord) -> ModelCardData:
         language=list(run.base.language) or None,
         tags=["calibprune", "pruned", "sparse", run.prune.method],
         datasets=sorted({s.repo for s in run.sources if s.repo and s.name in run.mix.shares}) or None,
-        model_name=f"{run.base.name} at {run.config.sparsity}",
+        model_name=_title(run),
         eval_results=_eval_results(run) or None,
     )
 

@@ -12,7 +12,19 @@ from ..records import BaseModel, CalibPruneConfig, CalibrationSource
 from ..values import SELF
 
 
-OPTIONS = ("sparsity", "mix", "samples", "length", "micro_batch", "method", "sequential", "damping", "seed", "dtype")
+OPTIONS = (
+    "sparsity",
+    "allocation",
+    "mix",
+    "samples",
+    "length",
+    "micro_batch",
+    "method",
+    "sequential",
+    "damping",
+    "seed",
+    "dtype",
+)
 ALWAYS = ("sparsity", "mix", "samples", "length", "seed")
 
 

@@ -130,7 +130,8 @@ class Study:
             revision=dense.base.revision,
             weights=fingerprints.of_model(dense.model, dense.tokenizer),
             options={name: str(getattr(dense.config, name)) for name in SHARED}
-            | {"dtype": str(dense.model.dtype).removeprefix("torch.")},
+            | {"dtype": str(dense.model.dtype).removeprefix("torch.")}
+            | ({"allocation": dense.config.allocation} if dense.config.allocation != "uniform" else {}),
             capabilities=dense.plan().capabilities,
             probes={task.name: fingerprints.of_path(task.path) for task in tasks},
             perplexity_text=fingerprints.of_path(Path(perplexity_text)) if perplexity_text is not None else "",

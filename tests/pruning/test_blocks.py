@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils.quantization_config import Mxfp4Config
 
 from optimum_calibprune.pruning import blocks
-from optimum_calibprune.records import SparsityPattern
+from optimum_calibprune.records import Sparsity, SparsityPattern
 
 
 SHAPE = {
@@ -155,6 +155,15 @@ def test_columns_that_m_does_not_divide_are_refused_by_name() -> None:
         blocks.check_model(model, TWO_OF_FOUR)
 
 
+def test_each_module_is_checked_with_its_own_pattern() -> None:
+    model = llama(intermediate_size=50)
+    blocks.check_model(model, Sparsity.parse("*.down_proj=50%,*=2:4"))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj has 50 columns, which m = 4 of 1:4"):
+        blocks.check_model(model, Sparsity.parse("*.down_proj=1:4,*=2:4"))
+    with pytest.raises(ValueError, match=r"fits no module .* like 'model\.layers\.0\.self_attn\.q_proj'"):
+        blocks.check_model(model, Sparsity.parse("lm_head=dense,*=50%"))
+
+
 def test_columns_of_conv1d_are_its_inputs() -> None:
     model = build(GPT2Config(vocab_size=64, n_embd=32, n_inner=50, n_layer=2, n_head=4, n_positions=64))
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_proj has 50 columns"):
@@ -267,6 +276,21 @@ def test_embeddings_head_and_norms_are_left_alone_with_reasons() -> None:
         ("model.embed_tokens.weight", (64, 32), "embeddings, which are never pruned"),
         ("lm_head.weight", (64, 32), "the output head, which is never pruned"),
     ]
+
+
+def test_modules_that_the_sparsity_leaves_dense_are_in_no_group_and_listed_with_its_pattern() -> None:
+    model, sparsity = llama(), Sparsity.parse("*.0.mlp.*=dense,*.q_proj=dense,*=50%")
+    first, second = blocks.find_groups(model, sparsity)
+    assert [group.names for group in first] == [("self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
+    assert [group.names for group in second][2:] == [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
+    reasons = {e.name: e.reason for e in blocks.untouched(model, [first, second], sparsity) if "layers" in e.name}
+    assert reasons == {
+        "model.layers.0.self_attn.q_proj.weight": "left dense, as asked by '*.q_proj'",
+        "model.layers.0.mlp.gate_proj.weight": "left dense, as asked by '*.0.mlp.*'",
+        "model.layers.0.mlp.up_proj.weight": "left dense, as asked by '*.0.mlp.*'",
+        "model.layers.0.mlp.down_proj.weight": "left dense, as asked by '*.0.mlp.*'",
+        "model.layers.1.self_attn.q_proj.weight": "left dense, as asked by '*.q_proj'",
+    }
 
 
 def test_a_tied_head_is_listed_once_as_embeddings() -> None:

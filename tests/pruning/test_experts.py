@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, PreTrainedModel
 
-from optimum_calibprune.pruning import blocks, experts, schedule
+from optimum_calibprune.pruning import allocation, blocks, experts, schedule
 from optimum_calibprune.pruning.experts import least_tokens
 from optimum_calibprune.pruning.forward import ThreadForward
 from optimum_calibprune.pruning.hessian import Hessian
 from optimum_calibprune.pruning.schedule import Cancelled, Settings, prune_blocks
 from optimum_calibprune.pruning.sparsegpt import Solution, solve_together
-from optimum_calibprune.pruning.stops import Experts, matrix
-from optimum_calibprune.records import CalibrationRow, CalibrationSet, LayerReport, SparsityPattern
+from optimum_calibprune.pruning.stops import Experts, matrices_in, matrix
+from optimum_calibprune.records import CalibrationRow, CalibrationSet, LayerReport, Sparsity, SparsityPattern
 
 
 HALF = SparsityPattern(0.5)
@@ -253,6 +253,80 @@ def test_groups_give_the_same_bytes_however_much_is_resident(normalise: str) -> 
         assert all(report.zeros_found == math.prod(report.shape) // 2 for report in reports)
         found.append(as_bytes(model))
     assert found[0] == found[1]
+
+
+# -------------------------------------------------------------------------------------------- by name
+
+
+@pytest.mark.parametrize("sequential", ["module", "block"])
+def test_each_expert_and_each_of_its_matrices_can_be_named(sequential: str) -> None:
+    model = gpt_oss()
+    rules = {"*.experts.1.*": "dense", "*.0.mlp.experts.2.up_proj": 0, "*.down_proj": 0.25, "*": 0.5}
+    sparsity = Sparsity.parse(rules)
+    blocks.check_model(model, sparsity)
+    groups = blocks.find_groups(model, sparsity)
+    before = {name: W.clone() for name, W in everything(model).items()}
+    reports = by_name(prune(model, Settings(sparsity, sequential=sequential, micro_batch=2), groups=groups))
+    for name, W in everything(model).items():
+        if sparsity.of(name) is None:
+            assert name not in reports
+            assert torch.equal(W, before[name])
+        else:
+            assert reports[name].zeros_found == int((W == 0).sum()) == sparsity.of(name).fraction * W.numel()
+    entries = {entry.name: entry for entry in blocks.untouched(model, groups, sparsity)}
+    left = [name for name in before if sparsity.of(name) is None]
+    assert len(left) == LAYERS * 3 + 1
+    assert all(entries[name].shape == tuple(before[name].shape) for name in left)
+    assert entries["model.layers.0.mlp.experts.2.up_proj"].reason.endswith("'*.0.mlp.experts.2.up_proj'")
+
+
+def everything(model: PreTrainedModel) -> dict[str, Tensor]:
+    layers = enumerate(model.model.layers)
+    return {f"model.layers.{i}.{name}": W for i, layer in layers for name, W in matrices_in(layer).items()}
+
+
+def test_experts_that_all_stay_dense_are_no_stop() -> None:
+    model = mixtral()
+    sparsity = Sparsity.parse("*.experts.*=dense,*=50%")
+    groups = blocks.find_groups(model, sparsity)
+    assert not any(isinstance(stop, Experts) for block in groups for stop in block)
+    assert len(prune(model, Settings(sparsity, micro_batch=2), groups=groups)) == LAYERS * 4
+    reasons = {entry.name: entry.reason for entry in blocks.untouched(model, groups, sparsity)}
+    assert reasons["model.layers.1.mlp.experts.down_proj"] == "left dense, as asked by '*.experts.*'"
+
+
+def test_owl_counts_the_outliers_of_experts_and_keeps_the_total() -> None:
+    model = mixtral()
+    groups, settings = blocks.find_groups(model), replace(SETTINGS, sparsity=Sparsity.parse("50%"))
+    model.model.layers[1].mlp.experts.down_proj.data[0, :3] *= 50
+    zeros = allocation.owl(model, calibration(), settings, groups)
+    assert zeros.keys() == everything(model).keys()
+    assert sum(zeros.values()) == sum(W.numel() for W in everything(model).values()) // 2
+    of_block = [sum(count for name, count in zeros.items() if f"layers.{i}." in name) for i in range(LAYERS)]
+    shares = allocation.outlier_shares(model, calibration(), 2, groups)
+    assert shares[0] != shares[1]
+    assert (of_block[0] < of_block[1]) == (shares[0] > shares[1])
+    reports = prune(model, replace(settings, zeros=zeros), groups=groups)
+    assert {report.module: report.zeros_asked for report in reports} == zeros
+
+
+@torch.no_grad()
+def test_owl_measures_what_each_expert_is_sent() -> None:
+    model, chosen = mixtral(), calibration("aaaaa", weights=[1, 2, 1, 1, 2])
+    groups, layer = blocks.find_groups(model), model.model.layers[0]
+    seen = seen_by(model, [layer.mlp.experts])[0]
+    ids = torch.from_numpy(chosen.input_ids.copy())
+    hidden, calls = blocks.enter(model, ids, 2, ids.device)
+    weights = torch.tensor([row.weight for row in chosen.rows])
+    squares = allocation._pass(layer, groups[0], hidden, [of_all[0] for of_all in calls], weights.split(2))
+    x, index = (torch.cat([args[i] for args in seen]) for i in range(2))
+    of_token = weights.repeat_interleave(LENGTH)
+    for expert in range(EXPERTS):
+        mine = (index == expert).any(dim=1)
+        gate, up = F.linear(x[mine], layer.mlp.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        for kind, rows in (("gate_proj", x[mine]), ("up_proj", x[mine]), ("down_proj", F.silu(gate) * up)):
+            expected = (of_token[mine][:, None] * rows.square()).sum(dim=0)
+            assert torch.allclose(squares[f"mlp.experts.{expert}.{kind}"].float(), expected, rtol=1e-4), kind
 
 
 # --------------------------------------------------------------------------------------------- starved

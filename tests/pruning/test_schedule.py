@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig, PreTrainedModel
 
 from optimum_calibprune import pocket
 from optimum_calibprune.pruning import blocks, schedule
@@ -25,7 +25,7 @@ from optimum_calibprune.pruning.forward import ThreadForward
 from optimum_calibprune.pruning.hessian import Hessian
 from optimum_calibprune.pruning.schedule import Cancelled, Settings, prune_blocks
 from optimum_calibprune.pruning.sparsegpt import Solution, solve_together
-from optimum_calibprune.records import CalibrationRow, CalibrationSet, LayerReport, SparsityPattern
+from optimum_calibprune.records import CalibrationRow, CalibrationSet, LayerReport, Sparsity, SparsityPattern
 
 
 HALF = SparsityPattern(0.5)
@@ -99,24 +99,36 @@ def hessians_of(model: PreTrainedModel, names: list[str], chosen: CalibrationSet
     return seen
 
 
-def solve_in_place(modules: Sequence[nn.Module], hessian: Hessian) -> None:
+def solve_in_place(
+    modules: Sequence[nn.Module], hessian: Hessian, patterns: SparsityPattern | Sequence[SparsityPattern] = HALF
+) -> None:
     weights = [module.weight.data for module in modules]
-    for weight, solution in zip(weights, solve_together(weights, hessian, HALF), strict=True):
+    for weight, solution in zip(weights, solve_together(weights, hessian, patterns), strict=True):
         weight.copy_(solution.weight)
 
 
 @torch.no_grad()
-def plain_twin(model: PreTrainedModel, chosen: CalibrationSet, step: int, sequential: str) -> None:
+def plain_twin(
+    model: PreTrainedModel,
+    chosen: CalibrationSet,
+    step: int,
+    sequential: str,
+    sparsity: Sparsity | SparsityPattern = HALF,
+) -> None:
     """True-sequential pruning without any cleverness: as many forwards of the whole model as there are groups."""
+    sparsity = Sparsity.parse(sparsity)
     groups = LLAMA_GROUPS if sequential == "module" else (sum(LLAMA_GROUPS, ()),)
     for i in range(len(model.model.layers)):
         for group in groups:
             names = [f"model.layers.{i}.{name}" for name in group]
             hessians = hessians_of(model, names, chosen, step)
             for several in LLAMA_GROUPS:
-                together = [name for name in names if name.partition(f"layers.{i}.")[2] in several]
+                together = [
+                    name for name in names if name.partition(f"layers.{i}.")[2] in several and sparsity.of(name)
+                ]
                 if together:
-                    solve_in_place([model.get_submodule(name) for name in together], hessians[together[0]])
+                    modules = [model.get_submodule(name) for name in together]
+                    solve_in_place(modules, hessians[together[0]], [sparsity.of(name) for name in together])
 
 
 # --------------------------------------------------------------------------------------- the same bytes
@@ -249,6 +261,41 @@ def test_micro_batches_change_no_more_than_rounding() -> None:
 def test_a_single_sample_is_enough() -> None:
     reports = prune(tiny(), calibration=calibration(samples=1))
     assert [report.tokens for report in reports] == [16.0] * 2 * MODULES_IN_A_BLOCK
+
+
+# ----------------------------------------------------------------------------------- sparsity by module
+
+
+@pytest.mark.parametrize("sequential", ["module", "block"])
+@pytest.mark.parametrize(
+    "asked", ["*.mlp.*=70%,*=50%", "*.q_proj=2:4,*.k_proj=60%,*.0.mlp.*=dense,*=1:4", "*.gate_proj=dense,*=50%"]
+)
+def test_each_module_has_its_own_sparsity_as_the_plain_twin_has(asked: str, sequential: str) -> None:
+    sparsity = Sparsity.parse(asked)
+    twin, dense = tiny(), as_bytes(tiny())
+    plain_twin(twin, calibration(), SETTINGS.micro_batch, sequential, sparsity)
+    for resident in (None, 0):
+        model = tiny()
+        reports = prune(model, replace(SETTINGS, sparsity=sparsity, sequential=sequential, resident=resident))
+        assert as_bytes(model) == as_bytes(twin), resident
+    after = as_bytes(model)
+    assert {f"{report.module}.weight" for report in reports} == {key for key in dense if after[key] != dense[key]}
+    for report in reports:
+        pattern, (rows, columns) = sparsity.of(report.module), report.shape
+        assert pattern is not None
+        exact = sum(round(pattern.fraction * rows * min(128, columns - start)) for start in range(0, columns, 128))
+        assert report.zeros_asked == report.zeros_found == exact
+
+
+def test_groups_stay_in_the_order_in_which_they_run_when_their_first_module_is_left_dense() -> None:
+    """In Phi `fc1` reads what `q_proj` reads, and runs after `dense`."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(PhiConfig(**shape, num_attention_heads=4, max_position_embeddings=64))
+    sparsity = Sparsity.parse("*.q_proj=dense,*.k_proj=dense,*.v_proj=dense,*=50%")
+    for sequential in ("module", "block"):
+        reports = prune(model.eval(), replace(SETTINGS, sparsity=sparsity, sequential=sequential))
+        names = [report.module.removeprefix("model.layers.0.") for report in reports[:3]]
+        assert names == ["self_attn.dense", "mlp.fc1", "mlp.fc2"]
 
 
 # ---------------------------------------------------------------------------------------- the Hessians

@@ -226,6 +226,23 @@ def test_matrices_solved_together_are_those_solved_alone(method: str, asked: str
         assert together.relative_error == pytest.approx(alone.relative_error, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "asked", [("37.3%", "80%", "5%"), ("2:4", "50%", "2:4"), ("1:4", "2:4", "30%"), ("1:5", "60%", "61%")]
+)
+def test_matrices_with_patterns_of_their_own_are_those_solved_alone(method: str, asked: tuple[str, ...]) -> None:
+    W, X = random_layer(60, 260)
+    H = hessian_of(X)
+    parts, patterns = [W[:1], W[1:4], W[4:].float()], [pattern(text) for text in asked]
+    solutions = solve_together(parts, H, patterns, method=method)
+    for one, of_one, together in zip(parts, patterns, solutions, strict=True):
+        alone = solve(one, H, of_one, method=method)
+        assert torch.equal(together.mask, alone.mask)
+        torch.testing.assert_close(together.weight, alone.weight, rtol=1e-6, atol=1e-9)
+        assert together.zeros_asked == alone.zeros_asked
+        assert together.relative_error == pytest.approx(alone.relative_error, rel=1e-6)
+
+
 def test_the_matrix_that_is_at_fault_is_named() -> None:
     W, X = random_layer(4, 40)
     broken = W.clone()
@@ -234,6 +251,8 @@ def test_the_matrix_that_is_at_fault_is_named() -> None:
         solve_together([W, broken], hessian_of(X), pattern("50%"), names=("gate", "up"))
     with pytest.raises(ValueError, match=r"^gate, up: 40 columns"):
         solve_together([W, W], hessian_of(X), pattern("1:3"), names=("gate", "up"))
+    with pytest.raises(ValueError, match=r"^up: 40 columns are not divisible by m = 3 of the pattern 1:3"):
+        solve_together([W, W], hessian_of(X), [pattern("50%"), pattern("1:3")], names=("gate", "up"))
 
 
 # ------------------------------------------------------------------------------ better than the others

@@ -407,9 +407,9 @@ def test_a_column_block_takes_one_sweep_and_few_launches(
         weights, X = layer(columns, 5, 3)
         kernels, U = triton_kernels(), hessian_of(X, triton_kernels()).factor().U
         W = torch.cat(weights).t().float().contiguous()
-        sweep_windows_(W.clone(), U, SparsityPattern.parse(asked), [5, 3], kernels)  # makes its tables
+        sweep_windows_(W.clone(), U, [SparsityPattern.parse(asked)] * 2, [5, 3], kernels)  # makes its tables
         with launches(monkeypatch) as found:
-            sweep_windows_(W, U, SparsityPattern.parse(asked), [5, 3], kernels)
+            sweep_windows_(W, U, [SparsityPattern.parse(asked)] * 2, [5, 3], kernels)
         added.append(Counter(found))
     of_window = added[1] - added[0]
     assert of_window["_sweep"] == 1

@@ -19,13 +19,13 @@ from optimum_calibprune.records import (
     RunRecord,
     SampleProfile,
     SourceProfile,
-    SparsityPattern,
+    Sparsity,
     Untouched,
 )
 
 
 def example() -> RunRecord:
-    pattern, rule = SparsityPattern.parse("60%"), MixRule.parse("uniform")
+    pattern, rule = Sparsity.parse("60%"), MixRule.parse("uniform")
     untouched = (Untouched("model.embed_tokens.weight", (32, 8), "embeddings, which are never pruned"),)
     layers = (
         LayerReport(

@@ -10,7 +10,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optimum_calibprune.publishing.card import render, retention_table, starved_experts
-from optimum_calibprune.records import CalibrationSource, CapabilityReport, CapabilityRetention, RunRecord
+from optimum_calibprune.records import (
+    CalibrationSource,
+    CapabilityReport,
+    CapabilityRetention,
+    RunRecord,
+    Sparsity,
+    Untouched,
+)
 from tests.publishing.run_record import example
 
 
@@ -29,6 +36,30 @@ def test_the_record_survives_json(run: RunRecord) -> None:
 def test_the_whole_card_is_as_it_was_approved(run: RunRecord) -> None:
     """After a change that is meant, write `render(example(), "me/tiny-60")` to golden_card.md and read the difference."""
     assert render(run, "me/tiny-60") == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_sparsity_by_module_is_named_by_its_share_and_listed(run: RunRecord) -> None:
+    asked = Sparsity.parse("*.gate_proj=dense,*.mlp.*=60.2%,*=50%")
+    left = Untouched("model.layers.0.mlp.gate_proj.weight", (16, 8), "left dense, as asked by '*.gate_proj'")
+    prune = replace(run.prune, pattern=asked, untouched=(*run.prune.untouched, left))
+    by_module = replace(run, config=replace(run.config, sparsity=asked), prune=prune)
+    text = render(by_module)
+    assert RunRecord.from_json(by_module.to_json()) == by_module
+    assert "# someone/tiny at 40.1%\n" in text, "154 of 384 weights, those left dense among them"
+    assert f"pruned to 40.1% sparsity (`{asked}`) with SparseGPT" in text
+    folded = text.partition("<details>")[2].partition("</details>")[0]
+    assert f"\n\nThe first pattern that fits a module's name says its sparsity: `{asked}`.\n\n| module " in folded
+    assert "- model.layers.0.mlp.gate_proj.weight: left dense, as asked by '*.gate_proj'\n" in folded
+
+
+def test_owl_is_named_with_what_it_asked_of_the_modules(run: RunRecord) -> None:
+    up, down = run.prune.layers
+    prune = replace(run.prune, layers=(replace(up, zeros_asked=64), replace(down, zeros_asked=90)))
+    text = render(replace(run, config=replace(run.config, allocation="owl"), prune=prune))
+    assert (
+        "weights are zero (61.33 %). Blocks with more outliers lose less (OWL, arXiv:2310.05175): of a matrix 50.0 % to "
+        "70.3 % were asked, in total as many as without it.\n\nHessians that" in text
+    )
 
 
 def test_the_metadata_is_valid_and_claims_nothing_of_the_base(run: RunRecord) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from optimum_calibprune.publishing.reproduce import command, public_config
 from optimum_calibprune.records import BaseModel, CalibPruneConfig, CalibrationSource
 
@@ -21,6 +23,18 @@ def test_files_are_named_without_their_folders_even_odd_ones() -> None:
         "--perplexity-text text.txt --sources gsm8k part=part.parquet:general notes=notes.txt:code --output DIR"
     )
     assert "/home" not in line + public_config(config, base, opened).to_json()
+
+
+def test_sparsity_by_module_is_written_so_that_a_shell_leaves_it_alone() -> None:
+    config = CalibPruneConfig("pocket", sparsity={"*.mlp.*": 0.7, "*.o_proj": "dense", "*": "2:4"})
+    words = shlex.split(command(config, BaseModel("pocket"), []))
+    assert words[words.index("--sparsity") + 1] == "*.mlp.*=70%,*.o_proj=dense,*=2:4"
+    assert "--sparsity '*.mlp.*=" in command(config, BaseModel("pocket"), [])
+
+
+def test_an_allocation_is_written_where_it_is_not_the_default() -> None:
+    assert "--allocation owl" in command(CalibPruneConfig("pocket", allocation="owl"), BaseModel("pocket"), [])
+    assert "--allocation" not in command(CalibPruneConfig("pocket"), BaseModel("pocket"), [])
 
 
 def test_data_in_memory_cannot_be_named_and_the_command_says_so() -> None:

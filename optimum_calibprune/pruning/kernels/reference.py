@@ -78,6 +78,13 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores)
 
 
+def smallest_in_rows(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mask `[rows, columns]` of so many of the smallest scores of each row, ties by position."""
+    order = scores.argsort(dim=1, stable=True)
+    chosen = torch.arange(scores.shape[1], device=scores.device) < torch.tensor(counts, device=scores.device)[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
+
+
 def smallest_in_groups(scores: Tensor, count: int, size: int) -> Tensor:
     """Mask of the `count` smallest scores in every `size` neighbouring columns of each row, ties by position."""
     groups = scores.unflatten(1, (-1, size))
