@@ -146,6 +146,8 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(
 ) -> None:
     with pytest.raises(ValueError, match=r"samples: 4 there, 5 here"):
         Study.open("pocket", finished[0], **settings(probes, samples=5))
+    with pytest.raises(ValueError, match=r"allocation: None there, owl here"):
+        Study.open("pocket", finished[0], **settings(probes, allocation="owl"))
     with pytest.raises(ValueError, match=r"probes of pocket_math"):
         Study.open("pocket", finished[0], **(settings(probes) | {"probes": None}))
 
