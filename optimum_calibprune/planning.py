@@ -56,7 +56,7 @@ def make_plan(
         written=written * config.length,
         blocks=len(groups),
         modules=sum(len(stop.names) for stop in stops),
-        experts=sum(stop.count for stop in stops if isinstance(stop, Experts)),
+        experts=sum(any(stop.pruned(i)) for stop in stops if isinstance(stop, Experts) for i in range(stop.count)),
         weights=sum(given.rows * given.columns for stop in stops for given in stop.inputs),
         untouched=blocks.untouched(model, groups, config.sparsity),
         capabilities=tuple(capabilities),
