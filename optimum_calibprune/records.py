@@ -41,8 +41,9 @@ class CalibPruneConfig(Record):
     `sparsity` is `"60%"`, 0.6 or `"2:4"`, or a mapping from names of modules to these: see `Sparsity`.
     `allocation="owl"` takes less from blocks with many outliers and more from the others, the same in total.
     `samples` and `length` (tokens) may be left out: 128 x 2048, for the pocket model 64 x 256. `micro_batch` is the number
-    of samples whose arithmetic is done together; left out, it is as many as make about 2048 tokens. `sequential="module"`
-    lets each module see what the pruned ones before it produce; `"block"` is the two-pass scheme of the SparseGPT paper.
+    of samples whose arithmetic is done together; left out, it is as many as make about 2048 tokens, on a GPU 16,384.
+    `sequential="module"` lets each module see what the pruned ones before it produce; `"block"` is the two-pass scheme of
+    the SparseGPT paper.
     `seed_texts` is a JSON file with the short texts, by capability, that the model continues for `mix="igsp"`.
     """
 
