@@ -56,7 +56,7 @@ def invert_(F: Tensor) -> None:
 def quadratic_form(D: Tensor, H: Tensor) -> Tensor:
     """tr(D^T H D) for D `[n, k]`, in float64, from the upper triangle of H; k n^2 operations."""
     total = torch.zeros((), dtype=torch.float64, device=D.device)
-    for block in spans(len(H)):
+    for block in spans(len(H), 2 * WIDTH):  # one product each: wider than where a factor is made
         corner = H[block, block].triu()
         product = (corner + corner.triu(1)) @ D[block]
         product.addmm_(H[block, block.stop :], D[block.stop :], alpha=2)
