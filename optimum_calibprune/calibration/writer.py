@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -169,13 +169,13 @@ def continue_rows(
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache, text = DynamicCache(config=model.config), ids
+    kept = {"past_key_values" if "past_key_values" in _parameters(model) else "cache_params": cache}  # Mamba's name
     live = list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]
     with torch.inference_mode():
         for step in range(max(limits)):
-            logits = model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **_places(model, mask, ids)
-            ).logits[:, -1]
+            places = _places(model, mask, ids)
+            logits = model(input_ids=ids, **kept, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
             drawn = draw(logits.float(), text, step)
             for row, token in zip(live, drawn.tolist(), strict=True):
                 written[row].append(token)
@@ -185,7 +185,7 @@ def continue_rows(
             if len(stay) < len(live):
                 live = [live[i] for i in stay]
                 chosen = torch.tensor(stay, device=device)
-                cache.batch_select_indices(chosen)
+                cache.reorder_cache(chosen)
                 mask, text, drawn = mask[chosen], text[chosen], drawn[chosen]
             ids = drawn[:, None]
             text = torch.cat([text, ids], dim=1)
@@ -193,10 +193,17 @@ def continue_rows(
     return written
 
 
+def _parameters(model: PreTrainedModel) -> Collection[str]:
+    return inspect.signature(model.forward).parameters
+
+
 def _places(model: PreTrainedModel, mask: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    """What tells left-padded rows where their text begins; models without `position_ids` take it from the mask."""
+    """What tells left-padded rows where their text begins; models without `position_ids` take it from the mask, and Mamba
+    wants the mask of what it reads now, not of what it has read."""
+    if "cache_params" in _parameters(model):
+        return {"attention_mask": mask[:, -ids.shape[1] :]}
     places = {"attention_mask": mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if "position_ids" in _parameters(model):
         places["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return places
 
