@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import Stopwatch, machine, measured, product_rate
 from peers import published
+from peers.measuring import Stopwatch, machine, measured, product_rate
 from safetensors.torch import save_file
 from solver import HERE, PEER, ask, flops
 from torch import nn

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Stopwatch, machine, measured, product_rate
 from peers import launches, published
+from peers.measuring import Stopwatch, machine, measured, product_rate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -37,9 +37,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ from launches import of_solve
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify as library
+from measuring import measured
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -104,7 +104,7 @@ def solver(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
             H = hessian(layer, samples)
         if run >= warmups:
             seconds["hessian"].append(spent.seconds)
-            peaks["hessian"].append(spent.extra_bytes)
+            peaks["hessian"].append(spent.extra)
         hessians = {layer: H.clone() if request.get("save_hessian") else H}
         if not request.get("save_hessian"):
             del H  # the library must hold the only reference, to free it
@@ -112,7 +112,7 @@ def solver(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
             loss, pruned = solve(layer, hessians, request)
         if run >= warmups:
             seconds["solve"].append(spent.seconds)
-            peaks["solve"].append(spent.extra_bytes)
+            peaks["solve"].append(spent.extra)
 
     found = {"W": pruned.cpu()} | ({"H": H.cpu()} if request.get("save_hessian") else {})
     save_file(found, request["weights"])
@@ -211,7 +211,7 @@ def whole_model(request: dict[str, Any], device: torch.device) -> dict[str, Any]
         "seconds": spent.seconds,
         "blocks": blocks,
         "seconds_outside_blocks": spent.seconds - sum(sum(block.values()) for block in blocks),
-        "extra_bytes": spent.extra_bytes,
+        "extra_bytes": spent.extra,
         "sparsity": {name: float((W == 0).float().mean()) for name, W in layers.items()},
     }
 
@@ -270,7 +270,7 @@ class BlockClock:
         ]
 
 
-# ------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------------------------------ requests
 
 
 def pattern(request: dict[str, Any]) -> tuple[float, int, int]:
@@ -280,38 +280,6 @@ def pattern(request: dict[str, Any]) -> tuple[float, int, int]:
         n, m = map(int, given.split(":"))
         return n / m, n, m
     return float(given), 0, 0
-
-
-@dataclass
-class Spent:
-    seconds: float = 0.0
-    extra_bytes: int = 0  # the peak beyond what was there before
-
-
-@contextmanager
-def measured(device: torch.device) -> Iterator[Spent]:
-    """Seconds and peak memory of what is done inside: the allocator's on CUDA, else the resident size of the process."""
-    spent = Spent()
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from the present size
-        before = resident("VmRSS")
-    begin = time.perf_counter()
-    yield spent
-    if on_gpu:
-        torch.cuda.synchronize()
-    spent.seconds = time.perf_counter() - begin
-    spent.extra_bytes = (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
-
-
-def resident(which: str) -> int:
-    """Bytes, from the kernel's own count."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
 
 
 if __name__ == "__main__":
