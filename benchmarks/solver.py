@@ -48,7 +48,7 @@ TOKENS = 8192
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="ROWSxCOLUMNS")
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="ROWSxCOLUMNS; none: only launches are counted")
     parser.add_argument("--patterns", nargs="+", default=["0.6", "2:4"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer", type=Path, default=PEER, help="the python that has llm-compressor")
@@ -57,8 +57,11 @@ def main() -> None:
     device = torch.device(given.device)
     output = given.output or HERE / "results" / f"solver-{device.type}.json"
     results = {"machine": machine(device), "tokens": TOKENS}
-    results["launches a column block"] = {pattern: count_launches(pattern, device) for pattern in ("0.6", "2:4")}
+    results["launches a column block"] = {
+        pattern: count_launches(pattern, device, given.peer) for pattern in ("0.6", "2:4")
+    }
     results["layers"] = rows_from(output, results["machine"])
+    output.write_text(json.dumps(results, indent=1) + "\n")
     for shape in given.shapes:
         for pattern in given.patterns:
             rows, columns = map(int, shape.split("x"))
@@ -183,8 +186,7 @@ def run_llmcompressor(
     peer: Path, folder: Path, pattern: str, device: torch.device
 ) -> tuple[dict[str, float], int, Tensor]:
     files = {"tensors": str(folder / "layer.safetensors"), "weights": str(folder / "pruned.safetensors")}
-    removed = pattern if ":" not in pattern else f"{asked_zeros(pattern)}:{pattern.split(':')[1]}"
-    answer = ask(peer, folder, {"mode": "solver", "pattern": removed, "device": device.type} | files)
+    answer = ask(peer, folder, {"mode": "solver", "pattern": as_zeros(pattern), "device": device.type} | files)
     weight = load_file(folder / "pruned.safetensors")["W"].to(device)
     stages = {stage: values[0] for stage, values in answer["seconds"].items()}
     size = weight.shape[1] ** 2 * 4
@@ -192,10 +194,10 @@ def run_llmcompressor(
     return stages, max(extra["hessian"], size + extra["solve"]), weight
 
 
-def asked_zeros(pattern: str) -> int:
-    """Of n:m, what is removed; llm-compressor's users name that."""
+def as_zeros(pattern: str) -> str:
+    """As llm-compressor's users write it: of n:m they name what is removed."""
     asked = SparsityPattern.parse(pattern)
-    return asked.m - asked.n
+    return pattern if asked.m is None else f"{asked.m - asked.n}:{asked.m}"
 
 
 def ask(peer: Path, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +271,7 @@ def stages_of_ours(W: Tensor, X: Tensor, asked: SparsityPattern) -> dict[str, fl
     return watch.seconds | {"updates, copies and the rest": watch.seconds["all"] - named}
 
 
-def count_launches(pattern: str, device: torch.device) -> dict[str, Any]:
+def count_launches(pattern: str, device: torch.device, peer: Path) -> dict[str, Any]:
     """What one more window of 128 columns costs a solve of 64 rows."""
     asked = SparsityPattern.parse(pattern)
 
@@ -290,9 +292,15 @@ def count_launches(pattern: str, device: torch.device) -> dict[str, Any]:
         H = 2 / len(X) * X.t() @ X
         return lambda: published.solve(W, H, asked.fraction, (asked.m or 0) - (asked.n or 0), asked.m or 0)
 
-    counted = {name: launches.of_solve(run, device) for name, run in {"ours": ours, "published": theirs}.items()}
+    counted = {
+        name: asdict(launches.of_solve(run, device)) for name, run in {"ours": ours, "published": theirs}.items()
+    }
+    if peer.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            request = {"mode": "launches", "pattern": as_zeros(pattern), "device": device.type}
+            counted["llm-compressor"] = ask(peer, Path(folder), request)["launches"]
     return {
-        name: {"counted": c.counted, "launches": c.per_block, "by name": asdict(c)["per_block_by_name"]}
+        name: {"counted": c["counted"], "launches": c["per_block"], "by name": c["per_block_by_name"]}
         for name, c in counted.items()
     }
 

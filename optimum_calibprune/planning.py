@@ -78,7 +78,7 @@ def _memory(
     stops = [stop for block in groups for stop in block]
     waiting = max(sum(stop.width for stop in block) for block in groups)
     hessians = 1 + len(CAPABILITIES) if config.mix.kind == "balanced" else 1  # one a capability, and their sum
-    squares = (2 + hessians) * max(given.columns for stop in stops for given in stop.inputs) ** 2
+    squares = (1 + hessians) * max(given.columns for stop in stops for given in stop.inputs) ** 2
     if config.sequential == "block":  # which holds all Hessians of a block at once, and what the experts are sent
         held = [[stop.columns for stop in block if not isinstance(stop, Experts)] for block in groups]
         squares += hessians * max(sum(columns**2 for columns in block) for block in held)

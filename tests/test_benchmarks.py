@@ -30,7 +30,7 @@ for name, error in theirs.items():
 assert set(end_to_end.stages(job)) >= {{"forward", "Hessian", "factor", "select", "sweep"}}
 found = solver.compare(40, 256, "2:4", torch.device("cpu"), 1, solver.Path("/none"))
 assert found["checks"]["zeros"]["ours"] == found["checks"]["zeros wanted"] == 40 * 128
-assert solver.count_launches("0.6", torch.device("cpu"))["published"]["launches"] > 1000
+assert solver.count_launches("0.6", torch.device("cpu"), solver.Path("/none"))["published"]["launches"] > 1000
 """
 
 

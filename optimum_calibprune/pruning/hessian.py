@@ -155,4 +155,5 @@ def inverse_factor_(H: Tensor) -> Tensor:
         failed = factor_(H)
         lost = H.diagonal().square() <= 16 * torch.finfo(H.dtype).eps * diagonal
         invert_(H)
-    return ~(failed | lost.any()) & H.diagonal().isfinite().all()
+    finite = torch.stack(H.aminmax()).isfinite().all()  # NaN where there is one
+    return ~(failed | lost.any()) & finite
