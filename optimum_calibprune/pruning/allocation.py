@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from ..records import CalibrationSet
 from . import blocks
+from .activations import Activations
 from .blocks import Call
-from .schedule import Cancelled, Progress, Settings
+from .homes import InMemory
+from .schedule import Cancelled, Home, Progress, Settings
 from .sparsegpt import zeros_in_parts
 from .stops import Experts, Stop
 
@@ -43,7 +45,9 @@ def owl(
     settings: Settings,
     groups: list[list[Stop]],
     *,
+    home: Home | None = None,
     device: torch.device | None = None,
+    hidden: Activations | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> dict[str, int]:
@@ -55,10 +59,13 @@ def owl(
 
     Args:
         groups: of `blocks.find_groups` with the same sparsity.
+        home: where the blocks are, as in `prune_blocks`; hidden: what keeps the hidden states (default: the device).
         on_progress: called with (blocks done, blocks, name of the block); cancelled: asked before each of them.
     """
     name, _ = blocks.find_blocks(model)
-    shares = outlier_shares(model, calibration, settings.micro_batch, groups, device, on_progress, cancelled)
+    shares = outlier_shares(
+        model, calibration, settings.micro_batch, groups, device, on_progress, cancelled, home=home, hidden=hidden
+    )
     matrices = {}
     for i, block in enumerate(groups):
         for matrix_name, shape in ((n, W.shape) for stop in block for n, W in stop.matrices.items()):
@@ -98,27 +105,33 @@ def outlier_shares(
     device: torch.device | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    *,
+    home: Home | None = None,
+    hidden: Activations | None = None,
 ) -> dict[int, float]:
     """By its number, the `outlier_share` of each block that has modules in `groups`, in one forward of the dense model."""
     model.eval()
     name, model_blocks = blocks.find_blocks(model)
-    home = next(model_blocks.parameters()).device
-    device = device or home
+    home = home or InMemory(model)
+    device = device or home.device
     ids = torch.from_numpy(calibration.input_ids.copy())
     weights = torch.tensor([row.weight for row in calibration.rows], device=device).split(micro_batch)
-    hidden, calls = blocks.enter(model, ids, micro_batch, device)
+    first, calls = blocks.enter(model, ids, micro_batch, device)
+    hidden = (hidden or Activations("device", device)).fill(first)
     shares = {}
-    for i, block in enumerate(blocks.brought(model_blocks, device)):
-        try:
-            if cancelled is not None and cancelled():
-                raise Cancelled(f"Stopped before {name}.{i}, as asked.")
-            squares = _pass(block, groups[i], hidden, [of_all[i] for of_all in calls], weights)
-            if groups[i]:
-                shares[i] = _checked(outlier_share(_with_squares(groups[i], squares)), f"{name}.{i}")
-        finally:
-            blocks.store(block, home)
-        if on_progress is not None:
-            on_progress(i + 1, len(model_blocks), f"{name}.{i}")
+    with home.only_blocks():
+        for i, block in enumerate(home.brought(device)):
+            try:
+                if cancelled is not None and cancelled():
+                    raise Cancelled(f"Stopped before {name}.{i}, as asked.")
+                squares = _pass(block, groups[i], hidden, [of_all[i] for of_all in calls], weights)
+                if groups[i]:
+                    shares[i] = _checked(outlier_share(_with_squares(groups[i], squares)), f"{name}.{i}")
+            finally:
+                home.put_back(i)
+            hidden.turn()
+            if on_progress is not None:
+                on_progress(i + 1, len(model_blocks), f"{name}.{i}")
     return shares
 
 
@@ -152,14 +165,16 @@ def _with_squares(stops: Sequence[Stop], squares: Mapping[str, Tensor]) -> list[
 def _pass(
     block: nn.Module,
     stops: Sequence[Stop],
-    hidden: list[Tensor],
+    hidden: Activations,
     calls: Sequence[Call],
     weights: Sequence[Tensor],
 ) -> dict[str, Tensor]:
     """Replaces the hidden states by the block's output, and returns for each matrix, by its name, the squared norms
     `[columns]` of its inputs, the samples with their weights."""
     shapes = {name: W.shape for stop in stops for name, W in stop.matrices.items()}
-    squares = {name: hidden[0].new_zeros(shape[1], dtype=torch.float64) for name, shape in shapes.items()}
+    squares = {
+        name: torch.zeros(shape[1], dtype=torch.float64, device=hidden.device) for name, shape in shapes.items()
+    }
     for i, call in enumerate(calls):
         with ExitStack() as hooks:
             for stop in stops:

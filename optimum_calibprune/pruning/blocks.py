@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's decoder blocks: find them and what in them can be pruned; load, run and store one block at a time."""
+"""A model's decoder blocks: find them and what in them can be pruned; run one block at a time."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,9 +81,16 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, module
 
 
-def check_model(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) -> None:
-    """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out."""
+def check_model(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern, streamed: bool = False) -> None:
+    """Raises `ValueError`, naming the module, for everything that would stop a walk half-way or leave weights out. Where
+    the blocks are `streamed`, each is read once, and its weights are checked when its turn comes."""
     check_structure(model, sparsity)
+    if not streamed:
+        _check_weights(model)
+    _check_replay(model)
+
+
+def _check_weights(model: PreTrainedModel) -> None:
     home = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.device != home:
@@ -93,8 +100,11 @@ def check_model(model: PreTrainedModel, sparsity: Sparsity | SparsityPattern) ->
             )
     for name, parameter in _pruned_parameters(model).items():
         if not bool(parameter.isfinite().all()):
-            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")
-    _check_replay(model)
+            raise damaged(name)
+
+
+def damaged(name: str) -> ValueError:
+    return ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged.")
 
 
 def _pruned_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -163,19 +173,27 @@ def _check_replay(model: PreTrainedModel) -> None:
     blocks_name, blocks = find_blocks(model)
     ids = _short_text(model)
     _, calls = capture(model, ids, ids.device)
+    alone: list[Tensor] = []  # what each block gives by itself
     arrived: list[Tensor] = []
-    left: list[Any] = []
+    busy = False
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def leave(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal busy
+        if busy:
+            return
+        busy, i = True, len(alone)
         arrived.append(args[0] if args else kwargs["hidden_states"])
-        left.append(_first(output))
+        if i < len(blocks) and block is blocks[i]:
+            alone.append(run(block, arrived[i], calls[i]))
+        if block is blocks[-1]:
+            arrived.append(_first(output))
+        busy = False
 
-    with _hooks([block.register_forward_hook(record, with_kwargs=True) for block in blocks]):
+    with _hooks([block.register_forward_hook(leave, with_kwargs=True, prepend=True) for block in blocks]):
         model(input_ids=ids.flip(1), use_cache=False)
-    expected = [*arrived[1:], *left[-1:]]
-    for i, block in enumerate(blocks):
-        alone = run(block, arrived[i], calls[i]) if len(arrived) == len(blocks) else None
-        if alone is None or not torch.allclose(alone, expected[i], equal_nan=True):
+    for i in range(len(blocks)):
+        in_order = len(arrived) == len(blocks) + 1 and len(alone) == len(blocks)
+        if not in_order or not torch.allclose(alone[i], arrived[i + 1], equal_nan=True):
             raise ValueError(
                 f"{blocks_name}.{i} cannot run by itself: it needs more than the hidden states of the block before it "
                 "(token embeddings, or keys and values of other blocks), or runs more than once. Such models cannot be "
@@ -323,39 +341,6 @@ def _stop(names: tuple[str, ...], modules: tuple[nn.Module, ...], called: Any, d
 # --------------------------------------------------------------------------------- one block at a time
 
 
-def brought(model_blocks: nn.ModuleList, device: torch.device) -> Iterator[nn.Module]:
-    """The blocks one after the other, each moved to `device`; while one is worked on, the next is on its way."""
-    if next(model_blocks.parameters()).device == device:
-        yield from model_blocks
-        return
-    with ThreadPoolExecutor(1) as helper:
-        coming = helper.submit(_copies, model_blocks[0], device)
-        for i, block in enumerate(model_blocks):
-            copies = coming.result()
-            if i + 1 < len(model_blocks):
-                coming = helper.submit(_copies, model_blocks[i + 1], device)
-            for tensor, copy in copies:
-                tensor.data = copy
-                if device.type == "cuda":
-                    copy.record_stream(torch.cuda.current_stream(device))  # it was made on another one
-            yield block
-
-
-def _copies(block: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    tensors = [*block.parameters(), *block.buffers()]
-    if device.type != "cuda":
-        return [(tensor, tensor.data.to(device)) for tensor in tensors]
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        copies = [(tensor, tensor.data.to(device)) for tensor in tensors]
-        torch.cuda.current_stream(device).synchronize()  # only this thread waits
-    return copies
-
-
-def store(block: nn.Module, device: torch.device) -> None:
-    """Moves a block back to where the model lives."""
-    block.to(device)
-
-
 def run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """One forward of a block: hidden states `[samples, length, width]` in, the same out."""
     return _first(block(hidden, *call.args, **call.kwargs))
@@ -381,7 +366,8 @@ def capture(
     """Hidden states that enter the first block, and the `Call` of each block (or of the first `count`), for one
     micro-batch `[samples, length]`.
 
-    Calls depend on the shape of the micro-batch, not on its content, so one capture serves all of a shape.
+    Calls depend on the shape of the micro-batch, not on its content, so one capture serves all of a shape. Nor do they depend on
+    what blocks compute: of each class of them only the first one runs, and the others pass on what they are given.
     """
     _, blocks = find_blocks(model)
     first: list[Tensor] = []
@@ -395,9 +381,31 @@ def capture(
         if len(calls) == (count or len(blocks)):
             raise _Stop
 
-    with _hooks([block.register_forward_pre_hook(arrive, with_kwargs=True) for block in blocks]):
-        _run_until_stopped(model, input_ids)
+    def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for other in blocks:
+            if type(other) is type(block) and not bypassed(other):
+                other.forward = partial(_pass_on, output)
+
+    handles = [block.register_forward_pre_hook(arrive, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with _hooks(handles):
+            _run_until_stopped(model, input_ids)
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
     return first[0].to(device), calls
+
+
+def bypassed(block: nn.Module) -> bool:
+    """Whether a block passes on what it is given, and so needs no weights."""
+    return "forward" in vars(block)
+
+
+def _pass_on(output: Any, *args: Any, **kwargs: Any) -> Any:
+    """The hidden states that a block is given, in the form of the `output` of a block of its class."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
 
 def embed(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Tensor:
@@ -407,12 +415,13 @@ def embed(model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> Te
 
 def enter(
     model: PreTrainedModel, input_ids: Tensor, micro_batch: int, device: torch.device
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """For each micro-batch of `[samples, length]`: the hidden states that enter the first block, and each block's `Call`."""
+) -> tuple[Iterator[Tensor], list[list[Call]]]:
+    """For each micro-batch of `[samples, length]`: the hidden states that enter the first block (computed when they are
+    asked for), and each block's `Call`."""
     batches = list(input_ids.split(micro_batch))
     shapes = {len(batch): batch for batch in (batches[-1], batches[0])}
     calls = {size: capture(model, batch, device)[1] for size, batch in shapes.items()}
-    return [embed(model, batch, device) for batch in batches], [calls[len(batch)] for batch in batches]
+    return (embed(model, batch, device) for batch in batches), [calls[len(batch)] for batch in batches]
 
 
 def _run_until_stopped(model: PreTrainedModel, input_ids: Tensor) -> None:

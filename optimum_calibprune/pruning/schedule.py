@@ -17,16 +17,20 @@ from transformers import PreTrainedModel
 
 from ..records import CalibrationSet, LayerReport, Sparsity
 from . import blocks
+from .activations import Activations
 from .balance import Arrived, Balance, improve_worst
 from .blocks import Call
 from .experts import Routed
 from .forward import Forward, wait_before
 from .hessian import NotFinite
+from .homes import OUTSIDE, InMemory, Streamed, part_state
+from .journal import Journal
 from .sparsegpt import Solution, Target, solve_together
 from .stops import Experts, Stop, matrix
 
 
 Progress = Callable[[int, int, str], None]
+Home = InMemory | Streamed
 
 
 class Cancelled(Exception):
@@ -36,7 +40,8 @@ class Cancelled(Exception):
 @dataclass(frozen=True)
 class Settings:
     """How to walk: see `CalibPruneConfig`. `resident` micro-batches wait inside the block; the others are replayed.
-    `zeros` says how many each module gets, where `allocation.owl` has counted them; else its pattern says so."""
+    `zeros` says how many each module gets, where `allocation.owl` has counted them; else its pattern says so.
+    `activations` is one of `activations.PLACES`."""
 
     sparsity: Sparsity
     method: str = "sparsegpt"
@@ -45,6 +50,7 @@ class Settings:
     micro_batch: int = 1
     resident: int | None = None
     zeros: Mapping[str, int] | None = None
+    activations: str = "device"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
@@ -81,6 +87,16 @@ def _free_memory() -> int:
     return free
 
 
+def place_of_activations(size: int, device: torch.device, with_file: bool) -> str:
+    """Where hidden states of `size` bytes are kept: on the device, else in host memory, where that is half of the free memory
+    at most; else in a file, where there is a folder for it."""
+    if device.type == "cuda":
+        if size <= torch.cuda.mem_get_info(device)[0] / 2:
+            return "device"
+        return "pinned host memory" if size <= _free_memory() / 2 or not with_file else "file"
+    return "file" if with_file and size > _free_memory() / 2 else "device"
+
+
 @torch.no_grad()
 def prune_blocks(
     model: PreTrainedModel,
@@ -88,60 +104,100 @@ def prune_blocks(
     settings: Settings,
     *,
     groups: list[list[Stop]] | None = None,
+    home: Home | None = None,
     device: torch.device | None = None,
+    journal: Journal | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[LayerReport, ...]]:
-    """Prunes `model` in place, block by block, and yields the reports of each block's modules.
+    """Prunes `model` block by block, and yields the reports of each block's modules.
 
     Args:
-        model: in memory, put into eval mode; on another device than `device`, its blocks are moved there one at a time.
+        model: put into eval mode; pruned in place, or, if its `home` says that it is streamed, in the shards of `journal`.
         calibration: token ids `[samples, length]`, used in their order.
         groups: of `blocks.find_groups` with the same sparsity, where the caller has them already.
+        home: where the blocks are (default: in memory); from elsewhere than `device` they are brought one at a time.
+        journal: keeps each block as soon as it is finished; the walk begins behind those that it holds, and yields
+            their reports first.
         on_progress: called with (modules done, modules in all, name of the module).
         cancelled: asked before each group of modules; True raises `Cancelled`.
 
     Raises:
-        `ValueError` that names the module (and the sample) for a NaN, and for a Hessian that cannot be factored.
+        `ValueError` that names the module (and the sample) for a NaN, and for a Hessian that cannot be factored; `OSError`
+        where a block cannot be kept.
     """
     model.eval()
     name, model_blocks = blocks.find_blocks(model)
-    home = next(model_blocks.parameters()).device
-    device = device or home
+    home = home or InMemory(model)
+    assert journal is not None or not home.streamed, "a streamed model is pruned on disk"
+    device = device or home.device
     groups = groups if groups is not None else blocks.find_groups(model, settings.sparsity)
+    progress = _Counted(sum(len(stop.names) for block in groups for stop in block), on_progress)
+    for i in range(journal.done if journal is not None else 0):
+        yield progress.count(_taken_up(journal, home, i))
+    start = journal.done if journal is not None else 0
+    if start == len(model_blocks):
+        return
+    if journal is not None and not journal.outside:
+        journal.commit_outside(part_state(model, OUTSIDE))
     step = settings.micro_batch
     ids = torch.from_numpy(calibration.input_ids.copy())
     balance = Balance.of(calibration, step, device)
-    hidden, calls = blocks.enter(model, ids, step, device)
+    first, calls = blocks.enter(model, ids, step, device)
+    hidden = Activations(settings.activations, device, journal.folder if journal is not None else None)
+    hidden = hidden.fill(first) if start == 0 or journal is None else journal.hidden(hidden)
     resident = settings.resident
     if resident is None:
         resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
-    total = sum(len(stop.names) for block in groups for stop in block)
-    done = 0
-    for i, block in enumerate(blocks.brought(model_blocks, device)):
-        walk = _BlockWalk(
-            block=block,
-            name=f"{name}.{i}",
-            stops=groups[i],
-            hidden=hidden,
-            calls=[of_all[i] for of_all in calls],
-            balance=balance,
-            step=step,
-            resident=min(resident, len(hidden)),
-            settings=settings,
-        )
-        reports: list[LayerReport] = []
-        try:
-            for report in walk.solve_groups(cancelled):
-                reports.append(report)
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, total, report.module)
-            walk.propagate()
-        finally:
-            walk.drop()
-            blocks.store(block, home)
-        yield tuple(reports)
+    with home.only_blocks():
+        for i, block in enumerate(home.brought(device, start), start):
+            walk = _BlockWalk(
+                block=block,
+                name=f"{name}.{i}",
+                stops=groups[i],
+                hidden=hidden,
+                calls=[of_all[i] for of_all in calls],
+                balance=balance,
+                step=step,
+                resident=min(resident, len(hidden)),
+                settings=settings,
+            )
+            try:
+                reports = [progress.one(report) for report in walk.solve_groups(cancelled)]
+                walk.propagate()
+                counted = recount(model, reports)
+                if journal is not None:
+                    journal.commit(i, part_state(model, i), hidden, counted)
+                    if home.streamed:
+                        home.take(i, journal.checkpoint(i))
+            finally:
+                walk.drop()
+                home.put_back(i)
+            yield counted
+
+
+def _taken_up(journal: Journal, home: Home, i: int) -> tuple[LayerReport, ...]:
+    """A block that an earlier run has finished."""
+    home.take(i, journal.checkpoint(i))
+    return journal.reports(i)
+
+
+@dataclass
+class _Counted:
+    """Tells `on_progress` how many of `total` modules are done."""
+
+    total: int
+    on_progress: Progress | None
+    done: int = 0
+
+    def one(self, report: LayerReport) -> LayerReport:
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total, report.module)
+        return report
+
+    def count(self, reports: tuple[LayerReport, ...]) -> tuple[LayerReport, ...]:
+        return tuple(self.one(report) for report in reports)
 
 
 @dataclass
@@ -151,7 +207,7 @@ class _BlockWalk:
     block: nn.Module
     name: str
     stops: Sequence[Stop]
-    hidden: list[Tensor]
+    hidden: Activations
     calls: Sequence[Call]
     balance: Balance
     step: int
@@ -269,16 +325,16 @@ class _BlockWalk:
     def _empty(self, position: int) -> Arrived | Routed:
         stop = self.stops[position]
         if isinstance(stop, Experts):
-            return Routed(stop, self.balance, length=self.hidden[0].shape[1])
+            return Routed(stop, self.balance, length=self.hidden.length)
         return Arrived(
-            self.balance, self.balance.empty(stop.columns, self.hidden[0].device), partial(self._again, position)
+            self.balance, self.balance.empty(stop.columns, self.hidden.device), partial(self._again, position)
         )
 
     def _again(self, position: int, i: int) -> tuple[Tensor, Tensor]:
         """What micro-batch `i` brings to the linear layers at `position`, as `Arrived.again` gives it."""
         with self._replay_to(position, i) as x:
             rows = x.flatten(0, -2)
-        return rows, torch.arange(len(rows), device=rows.device) // (len(rows) // len(self.hidden[i]))
+        return rows, torch.arange(len(rows), device=rows.device) // (len(rows) // self.hidden.samples(i))
 
     def _not_finite(self, name: str, arrived: Arrived) -> str:
         """Names the module, and the first sample after which its Hessian was not finite."""
@@ -304,5 +360,5 @@ class _BlockWalk:
 
 
 def recount(model: PreTrainedModel, layers: Sequence[LayerReport]) -> tuple[LayerReport, ...]:
-    """The reports with the zeros that the model holds at the end, counted anew."""
+    """The reports with the zeros that the model holds in the end, counted anew."""
     return tuple(replace(layer, zeros_found=int((matrix(model, layer.module) == 0).sum())) for layer in layers)

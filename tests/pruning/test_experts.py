@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, PreTrainedModel
 
 from optimum_calibprune.pruning import allocation, blocks, experts, schedule
+from optimum_calibprune.pruning.activations import Activations
 from optimum_calibprune.pruning.experts import least_tokens
 from optimum_calibprune.pruning.forward import ThreadForward
 from optimum_calibprune.pruning.hessian import Hessian
@@ -316,7 +317,8 @@ def test_owl_measures_what_each_expert_is_sent() -> None:
     groups, layer = blocks.find_groups(model), model.model.layers[0]
     seen = seen_by(model, [layer.mlp.experts])[0]
     ids = torch.from_numpy(chosen.input_ids.copy())
-    hidden, calls = blocks.enter(model, ids, 2, ids.device)
+    first, calls = blocks.enter(model, ids, 2, ids.device)
+    hidden = Activations("device", ids.device).fill(first)
     weights = torch.tensor([row.weight for row in chosen.rows])
     squares = allocation._pass(layer, groups[0], hidden, [of_all[0] for of_all in calls], weights.split(2))
     x, index = (torch.cat([args[i] for args in seen]) for i in range(2))

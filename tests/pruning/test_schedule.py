@@ -23,6 +23,7 @@ from optimum_calibprune import pocket
 from optimum_calibprune.pruning import blocks, schedule
 from optimum_calibprune.pruning.forward import ThreadForward
 from optimum_calibprune.pruning.hessian import Hessian
+from optimum_calibprune.pruning.homes import InMemory
 from optimum_calibprune.pruning.schedule import Cancelled, Settings, prune_blocks
 from optimum_calibprune.pruning.sparsegpt import Solution, solve_together
 from optimum_calibprune.records import CalibrationRow, CalibrationSet, LayerReport, Sparsity, SparsityPattern
@@ -201,21 +202,21 @@ def test_blocks_that_are_moved_one_by_one_give_the_same_bytes() -> None:
 
 
 def test_the_next_block_is_on_its_way_while_one_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, copied, copies = tiny().model.layers, [], blocks._copies
+    home, moved, move = InMemory(tiny()), [], InMemory._move
     arrived = threading.Event()
 
-    def watched(block: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        copied.append(list(layers).index(block))
-        if len(copied) == 2:
+    def watched(self: InMemory, i: int, device: torch.device) -> Callable[[], None]:
+        moved.append(i)
+        if len(moved) == 2:
             arrived.set()
-        return copies(block, device)
+        return move(self, i, device)
 
-    monkeypatch.setattr(blocks, "_copies", watched)
-    brought = blocks.brought(layers, torch.device("cpu:0"))
-    assert next(brought) is layers[0]
+    monkeypatch.setattr(InMemory, "_move", watched)
+    brought = home.brought(torch.device("cpu:0"))
+    assert next(brought) is home.blocks[0]
     assert arrived.wait(10)
-    assert copied == [0, 1]
-    assert list(brought) == [layers[1]]
+    assert moved == [0, 1]
+    assert list(brought) == [home.blocks[1]]
 
 
 def test_the_two_schemes_differ() -> None:
