@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,7 @@ def _add_evaluation(parser: ArgumentParser) -> None:
     parser.add_argument("--perplexity-text", metavar="FILE", help="measure perplexity on this text, not on WikiText-2")
 
 
-def _pruner(arguments: Namespace) -> CalibPruner:
+def _pruner(arguments: Namespace, stream: bool | str = "auto") -> CalibPruner:
     """The pruner that the arguments describe; only what the user gave is passed on."""
     from .pruner import CalibPruner
 
@@ -87,6 +88,7 @@ def _pruner(arguments: Namespace) -> CalibPruner:
         arguments.model,
         sources=getattr(arguments, "sources", None),
         perplexity_text=getattr(arguments, "perplexity_text", None),
+        stream=stream,
         **{name: value for name, value in options.items() if value is not None},
     )
 
@@ -116,6 +118,7 @@ def plan_text(plan: Plan) -> str:
             f"  pruned         {plan.modules:,} linear layers{experts} in {plan.blocks} blocks, {plan.weights:,} weights",
             f"  left dense     {dense}",
             f"  arithmetic     micro-batches of {plan.micro_batch}, {forward}, on {plan.device}",
+            *(["  weights        on disk, read block by block"] if plan.streamed else []),
             *(f"  memory         {size / 2**20:,.0f} MiB {place}" for place, size in plan.memory.items()),
             f"  measured       {', '.join(plan.capabilities) or 'no capability'}",
             f"  pruning takes  about {plan.seconds:,.0f} s",
@@ -162,6 +165,18 @@ class PruneCommand(_Command):
             "--damping", type=float, help="share of the mean diagonal added to each Hessian (default 0.01)"
         )
         parser.add_argument("--micro-batch", type=int, help="samples whose arithmetic is done together")
+        parser.add_argument(
+            "--stream",
+            choices=["auto", "always", "never"],
+            default="auto",
+            help="leave the blocks on disk and read each in its turn; auto (default): where the model does not fit into memory",
+        )
+        parser.add_argument(
+            "--work-dir",
+            metavar="DIR",
+            help="keep each block there as soon as it is finished (default for a streamed model: OUTPUT.work); removed in the end",
+        )
+        parser.add_argument("--resume", action="store_true", help="go on with the run that stopped in the work folder")
         parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
         parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
         parser.add_argument("--push-to-hub", metavar="ID", help="upload the result to this repo")
@@ -174,14 +189,19 @@ class PruneCommand(_Command):
             from .publishing.hub import check_output
 
             check_output(arguments.output, arguments.overwrite)
-            pruner = _pruner(arguments)
+            pruner = _pruner(arguments, stream={"always": True, "never": False}.get(arguments.stream, "auto"))
             size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
             check_output(arguments.output, arguments.overwrite, needed_bytes=size + BESIDE_WEIGHTS)
-        with errors(FAILED):
+            beside = f"{arguments.output}.work" if pruner.streamed or arguments.resume else None
+            work_dir = arguments.work_dir or beside
+        kept = f"what is finished is in {work_dir}; go on with the same command and --resume"
+        with errors(FAILED, *([kept] if work_dir is not None else [])):
             say(plan_text(pruner.plan()), to_stderr=arguments.json)
             with progress(check) as show:
-                record = pruner.prune(on_progress=show)
+                record = pruner.prune(work_dir=work_dir, resume=arguments.resume, on_progress=show)
             pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, repo_id=arguments.push_to_hub)
+            if work_dir is not None:
+                shutil.rmtree(work_dir)
             if arguments.json:
                 say(record.to_json().rstrip())
             else:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 
 from . import pocket
 from .pruning.blocks import check_config
+from .pruning.checkpoint import find_checkpoint
+from .pruning.homes import Home, InMemory, Streamed, free_memory, without_weights
 from .records import BaseModel
 
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+STREAM = ("auto", True, False)
+LARGEST_SHARE = 0.7  # of the free memory, for weights: the rest is for Hessians and activations
 
 
 def load_model(
@@ -33,9 +38,11 @@ def load_model(
     cache_dir: str | Path | None,
     local_files_only: bool,
     trust_remote_code: bool,
+    stream: bool | str,
     check: Callable[[PreTrainedModel], None],
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseModel]:
-    """Loads a causal language model. Before any weight is read, `check` is asked about it on the meta device.
+) -> tuple[Home, PreTrainedTokenizerBase, BaseModel]:
+    """Loads a causal language model, or, where it is to `stream`, only what is outside its blocks; `"auto"` streams what
+    does not fit. Before any weight is read, `check` is asked about it on the meta device.
 
     Raises `OSError` where it cannot be had (which repo, and what to do), `ValueError` where it cannot be pruned.
     """
@@ -43,6 +50,8 @@ def load_model(
 
     if dtype not in DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    if stream not in STREAM:
+        raise ValueError(f"Unknown value {stream!r} of stream; allowed: {', '.join(map(repr, STREAM))}.")
     place = _device(device)
     path = str(pocket.MODEL) if name == pocket.NAME else name
     options: dict[str, Any] = {
@@ -55,9 +64,15 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, **options)
         check_config(config)
-        check(_without_weights(name, config, trust_remote_code))
+        empty = _without_weights(name, config, trust_remote_code)
+        check(empty)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
+        home: Home
+        if stream is True or (stream == "auto" and not _fits(empty, dtype, place)):
+            home = _streamed(name, path, config, dtype, place, options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
+            home = InMemory(model.to(place))
     except OSError as error:
         raise OSError(_why_not_loaded(name, error)) from error
     local = Path(path).exists()
@@ -67,10 +82,45 @@ def load_model(
         revision=None if local else _commit(name, revision, cache_dir),
         licence=licence,
         language=language,
-        architecture=type(model).__name__,
-        parameters=model.num_parameters(),
+        architecture=type(home.model).__name__,
+        parameters=home.model.num_parameters(),
     )
-    return model.to(place), tokenizer, base
+    return home, tokenizer, base
+
+
+def _fits(empty: PreTrainedModel, dtype: str, place: torch.device) -> bool:
+    """Whether the weights leave enough of the memory free that is free now, in the host and on the device."""
+    itemsize = empty.dtype.itemsize if dtype == "auto" else getattr(torch, dtype).itemsize
+    free = free_memory()
+    if place.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(place)[0])
+    return empty.num_parameters() * itemsize <= LARGEST_SHARE * free
+
+
+def _streamed(name: str, path: str, config: Any, dtype: str, place: torch.device, options: dict[str, Any]) -> Streamed:
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    def fetch(file: str) -> Path | None:
+        found = cached_file(path, file, **hub, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    hub = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    checkpoint = find_checkpoint(fetch)
+    if checkpoint is None:
+        raise OSError(
+            f"{name} has no weights in safetensors, which streaming reads; load it in memory (stream=False), call "
+            "save_pretrained, and prune the saved folder."
+        )
+    kept = config.get_text_config(decoder=True).dtype or checkpoint.dtype()
+    model = without_weights(
+        config,
+        kept if dtype == "auto" else getattr(torch, dtype),
+        trust_remote_code=options["trust_remote_code"],
+    )
+    with contextlib.suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+    return Streamed(model, checkpoint, place)
 
 
 def _device(asked: str) -> torch.device:

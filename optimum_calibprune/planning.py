@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .pruning import blocks, schedule
 from .pruning.balance import ROUNDS
+from .pruning.homes import Home
 from .pruning.kernels import kernels_for
 from .pruning.sparsegpt import BLOCK
 from .pruning.stops import Experts, Stop
@@ -27,7 +29,7 @@ COLUMN_SECONDS = 20e-6  # of one column step of the sweep on a matrix without ro
 
 
 def make_plan(
-    model: PreTrainedModel,
+    home: Home,
     config: CalibPruneConfig,
     groups: list[list[Stop]],
     sources: Sequence[str],
@@ -36,7 +38,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a run whose config has all defaults filled in; the model writes `written` windows first."""
     assert config.samples and config.length and config.micro_batch
-    device = model.device
+    model, device = home.model, home.device
     micro_batches = math.ceil(config.samples / config.micro_batch)
     fits = schedule.resident_micro_batches(model, groups, config.micro_batch * config.length, device)
     resident = min(fits, micro_batches) if config.sequential == "module" else 0
@@ -44,6 +46,8 @@ def make_plan(
     most_groups = max(len(block) for block in groups)
     replays = 0 if replayed == 0 else 1 if config.sequential == "block" else most_groups
     stops = [stop for block in groups for stop in block]
+    hidden = _hidden_states(model, config)
+    activations = schedule.place_of_activations(hidden, device, with_file=home.streamed)
     return Plan(
         model=config.model,
         pattern=config.sparsity,
@@ -64,17 +68,26 @@ def make_plan(
         resident=resident,
         replays=replays,
         device=str(device),
-        memory=_memory(model, groups, config, resident),
-        seconds=_seconds(model, groups, config, replays * replayed),
+        memory=_memory(home, groups, config, resident, activations),
+        seconds=_seconds(model, device, groups, config, replays * replayed),
+        streamed=home.streamed,
+        activations=activations,
     )
 
 
+def _hidden_states(model: PreTrainedModel, config: CalibPruneConfig) -> int:
+    """Bytes of the hidden states of the calibration set between two blocks."""
+    assert config.samples and config.length
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    return config.samples * config.length * hidden * model.dtype.itemsize
+
+
 def _memory(
-    model: PreTrainedModel, groups: list[list[Stop]], config: CalibPruneConfig, resident: int
+    home: Home, groups: list[list[Stop]], config: CalibPruneConfig, resident: int, activations: str
 ) -> dict[str, int]:
     assert config.samples and config.length and config.micro_batch
-    size = torch.finfo(model.dtype).bits // 8
-    hidden = model.config.get_text_config(decoder=True).hidden_size
+    model, place = home.model, home.device.type
+    size = model.dtype.itemsize
     stops = [stop for block in groups for stop in block]
     waiting = max(sum(stop.width for stop in block) for block in groups)
     hessians = 1 + len(CAPABILITIES) if config.mix.kind == "balanced" else 1  # one a capability, and their sum
@@ -83,10 +96,12 @@ def _memory(
         held = [[stop.columns for stop in block if not isinstance(stop, Experts)] for block in groups]
         squares += hessians * max(sum(columns**2 for columns in block) for block in held)
     sent = max((stop.columns for stop in stops if isinstance(stop, Experts)), default=0)
-    place = model.device.type
+    ahead = 1 if place == "cpu" else 2  # a GPU's next block is on its way
+    blocks_at_once = ahead * max(_bytes(block) for block in home.blocks)
+    where = f"on {place}" if activations == "device" else f"in {'a ' * (activations == 'file')}{activations}"
     memory = {
-        f"model on {place}": sum(p.numel() * p.element_size() for p in model.parameters()),
-        f"hidden states on {place}": config.samples * config.length * hidden * size,
+        **({f"blocks on {place}": blocks_at_once} if home.streamed else {f"model on {place}": _bytes(model)}),
+        f"hidden states {where}": _hidden_states(model, config),
         f"waiting micro-batches on {place}": resident * config.micro_batch * config.length * waiting * size,
         f"Hessians and factor on {place}": 4 * squares,
     }
@@ -95,15 +110,21 @@ def _memory(
     return memory
 
 
-def _seconds(model: PreTrainedModel, groups: list[list[Stop]], config: CalibPruneConfig, replays: float) -> float:
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _seconds(
+    model: PreTrainedModel, device: torch.device, groups: list[list[Stop]], config: CalibPruneConfig, replays: float
+) -> float:
     """Of the pruning stage: products and the sweep at rates measured here and now."""
     assert config.samples and config.length
     tokens = config.samples * config.length
     forwards = 1 + replays + (config.allocation == "owl")
     solutions = 1 + ROUNDS if config.mix.kind == "balanced" and config.mix.option("worst") else 1
-    forward_rate, solve_rate = _product_rate(model.dtype, model.device), _product_rate(torch.float32, model.device)
+    forward_rate, solve_rate = _product_rate(model.dtype, device), _product_rate(torch.float32, device)
     inputs = [given for block in groups for stop in block for given in stop.inputs]
-    sweep_rate = _sweep_rate(min(max(given.rows for given in inputs), 8192), model.device)
+    sweep_rate = _sweep_rate(min(max(given.rows for given in inputs), 8192), device)
     seconds = 0.0
     for given in inputs:
         columns, outputs, arriving = given.columns, given.rows, tokens * given.share

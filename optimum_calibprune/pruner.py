@@ -7,16 +7,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import torch
+from transformers import PreTrainedModel
 
-from . import machine
+from . import __version__, machine
 from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
+from .calibration.sources import fingerprint
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
 from .capabilities.score import measure
@@ -36,6 +37,9 @@ from .choices import (
 from .loading import load_model
 from .planning import make_plan
 from .pruning import allocation, blocks, schedule
+from .pruning.activations import Activations
+from .pruning.homes import Home, InMemory
+from .pruning.journal import Journal
 from .publishing import hub, reproduce
 from .records import (
     CAPABILITIES,
@@ -46,6 +50,7 @@ from .records import (
     PerplexityReport,
     Plan,
     PruneReport,
+    Record,
     RunRecord,
     Scores,
 )
@@ -53,10 +58,11 @@ from .records import (
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 Progress = Callable[[int, int, str], None]
+R = TypeVar("R", bound=Record)
 
 
 class CalibPruner:
@@ -68,7 +74,8 @@ class CalibPruner:
         >>> pruner.save_pretrained("pocket-50")
 
     Attributes:
-        model: the transformers model; sparse after `prune()`.
+        model: the transformers model; sparse after `prune()`. Where it is `streamed`, its blocks are on disk, and each is
+            read when it is called.
         tokenizer: its tokenizer.
         config: the `CalibPruneConfig` with all defaults filled in.
         record: the `RunRecord`, or None before `prune()`.
@@ -76,7 +83,7 @@ class CalibPruner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Home,
         tokenizer: PreTrainedTokenizerBase,
         config: CalibPruneConfig,
         *,
@@ -90,18 +97,25 @@ class CalibPruner:
         Raises `ValueError` for everything that would stop the run later: a model that cannot be pruned, columns that
         n:m does not fit, unknown sources, a mix that names no source, capabilities that cannot be measured.
         """
-        self.model, self.tokenizer, self.token = model.eval(), tokenizer, token
-        self.base = base or BaseModel(config.model, parameters=model.num_parameters())
+        self._home: Home = InMemory(model) if isinstance(model, PreTrainedModel) else model
+        self.model, self.tokenizer, self.token = self._home.model.eval(), tokenizer, token
+        self.base = base or BaseModel(config.model, parameters=self.model.num_parameters())
         self.is_pocket = is_pocket(config)
         self.config = with_defaults(config, self.model)
         self.record: RunRecord | None = None
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
+        self._journal: Journal | None = None
         self._tasks = choose_tasks(self.config)
         self._sources = choose_sources(self.config, listed(sources))
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
-        blocks.check_model(self.model, self.config.sparsity)
+        if self.streamed and any(entry.source.written for entry in self._sources):
+            raise ValueError(
+                f"The mix {str(self.config.mix)!r} is text that the model writes, and a streamed model would be read from disk "
+                "once a token. Name sources to choose from, take mix='uniform', or load the model in memory (stream=False)."
+            )
+        blocks.check_model(self.model, self.config.sparsity, self.streamed)
         self._groups = blocks.find_groups(self.model, self.config.sparsity)
 
     @classmethod
@@ -115,6 +129,7 @@ class CalibPruner:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
+        stream: bool | str = "auto",
         **config: Any,
     ) -> Self:
         """Loads a model of the Hub, of a local folder, or the bundled `"pocket"`.
@@ -126,6 +141,8 @@ class CalibPruner:
                 real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
             token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            stream: True leaves the blocks on disk, where each is read, pruned and written in its turn; False loads the whole
+                model; `"auto"` does so where it takes at most 70 % of the free memory.
             **config: the fields of `CalibPruneConfig`: `sparsity`, `mix`, `samples`, `length`, `seed`, ...
 
         Raises:
@@ -136,7 +153,7 @@ class CalibPruner:
         choose_tasks(asked)
         choose_sources(asked, sources)
         choose_perplexity_text(asked, perplexity_text)
-        loaded, tokenizer, base = load_model(
+        home, tokenizer, base = load_model(
             model,
             revision=asked.revision,
             dtype=asked.dtype,
@@ -145,9 +162,15 @@ class CalibPruner:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
+            stream=stream,
             check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
-        return cls(loaded, tokenizer, asked, base=base, sources=sources, perplexity_text=perplexity_text, token=token)
+        return cls(home, tokenizer, asked, base=base, sources=sources, perplexity_text=perplexity_text, token=token)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the blocks are on disk, and not in memory."""
+        return self._home.streamed
 
     # ----------------------------------------------------------------------------------------- pipeline
 
@@ -158,11 +181,13 @@ class CalibPruner:
         wanted = mixes.windows_wanted(config.mix, sources, config.samples or SAMPLES)
         written = sum(wanted.get(source.name, 0) for source in sources if source.written)
         capabilities = [name for name in CAPABILITIES if name in {task.capability for task in self._tasks}]
-        return make_plan(self.model, config, self._groups, sorted(wanted), written, capabilities)
+        return make_plan(self._home, config, self._groups, sorted(wanted), written, capabilities)
 
     def prune(
         self,
         *,
+        work_dir: str | Path | None = None,
+        resume: bool = False,
         dense_scores: Scores | None = None,
         on_progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -170,24 +195,36 @@ class CalibPruner:
         """Measures the dense model, chooses the calibration set, prunes the model in place, measures it again.
 
         Args:
+            work_dir: a folder, new or empty, that keeps each block as soon as it is finished. A streamed model needs one,
+                and is saved from there; it may be removed after that.
+            resume: go on with the run that stopped in `work_dir`.
             dense_scores: of `evaluate()` on the same dense model, where they are known already.
             on_progress: called with (done, total, "stage: detail").
             cancelled: asked between modules; True raises `schedule.Cancelled` and leaves the model half pruned.
+
+        Raises:
+            `ValueError`, `FileExistsError`, `FileNotFoundError` where `work_dir` is missing, or does not fit; `OSError`
+            where its disk is full: what was finished before is kept there.
         """
         if self._pruned:
             raise ValueError("This model is pruned already; load it again for another run.")
         if dense_scores is not None:
             self._check_dense_scores(dense_scores)
         sources = [entry.source for entry in self._sources]
-        seconds: dict[str, float] = {}
+        journal = self._journal = self._opened(work_dir, resume)
+        seconds: dict[str, float] = (
+            {"before it was resumed": journal.earlier} if resume and journal is not None else {}
+        )
         plan = self.plan()
         with _timed(seconds, "calibrate"):  # first, since text that cannot be had is the likeliest failure
             text = self._perplexity_text()
-            choice = self.choose_calibration(on_progress=on_progress)
+            choice = _kept(journal, Choice, lambda: self.choose_calibration(on_progress=on_progress))
             self.calibration = choice.calibration
+        if journal is not None:
+            journal.expect("calibration", self.calibration.fingerprint)
         with _timed(seconds, "measure dense"):
-            dense = self._measure("measure dense", on_progress) if dense_scores is None else dense_scores
-            before = self._perplexity(text, on_progress)
+            dense = dense_scores or _kept(journal, Scores, lambda: self._measure("measure dense", on_progress))
+            before = _kept(journal, PerplexityReport, lambda: self._dense_perplexity(text, on_progress))
         with _timed(seconds, "prune"):
             self._pruned = True
             prune = self._prune(self.calibration, plan, on_progress, cancelled)
@@ -209,13 +246,31 @@ class CalibPruner:
             fingerprint=self.calibration.fingerprint,
             prune=prune,
             capabilities=capability_report(dense, sparse),
-            perplexity=text.filled(before, after) if text is not None else None,
+            perplexity=text.filled(before.dense, after) if text is not None else None,
             versions=machine.versions(),
-            hardware=machine.hardware(self.model.device),
+            hardware=machine.hardware(self._home.device),
             seconds=seconds,
             peak_memory=machine.peak_memory(),
         )
         return self.record
+
+    def _opened(self, work_dir: str | Path | None, resume: bool) -> Journal | None:
+        """The journal in `work_dir`, where one was given."""
+        if work_dir is None:
+            if resume or self.streamed:
+                size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**30
+                why = "To resume a run" if resume else f"The model is streamed ({size:,.1f} GiB): to prune it on disk"
+                raise ValueError(f"{why}, a folder is needed that keeps the finished blocks; give it as work_dir.")
+            return None
+        identity = {
+            "version": __version__,
+            "config": {k: v for k, v in self.config.to_dict().items() if k not in ("model", "device")},
+            "device": self._home.device.type,
+            "weights": self._home.fingerprint(),
+            "sources": {entry.source.name: fingerprint(entry) for entry in self._sources},
+            "streamed": self.streamed,
+        }
+        return Journal(work_dir, identity, len(self._groups), resume=resume)
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
@@ -241,6 +296,7 @@ class CalibPruner:
             token=self.token,
             on_read=_stage(on_progress, "read"),
             on_measure=_stage(on_progress, "measure"),
+            logits_of=self._home.logits,
         )
 
     def _prune(
@@ -258,26 +314,19 @@ class CalibPruner:
             sequential=config.sequential,
             micro_batch=plan.micro_batch,
             resident=plan.resident,
+            activations=plan.activations,
         )
-        device = torch.device(plan.device)
         if config.allocation == "owl":
-            zeros = allocation.owl(
-                self.model,
-                calibration,
-                settings,
-                self._groups,
-                device=device,
-                on_progress=_stage(on_progress, "find outliers"),
-                cancelled=cancelled,
-            )
-            settings = replace(settings, zeros=zeros)
+            zeros = _kept(self._journal, Zeros, lambda: self._owl(calibration, settings, on_progress, cancelled))
+            settings = replace(settings, zeros=zeros.by_module)
         layers: list[LayerReport] = []
         for reports in schedule.prune_blocks(
             self.model,
             calibration,
             settings,
             groups=self._groups,
-            device=device,
+            home=self._home,
+            journal=self._journal,
             on_progress=_stage(on_progress, "prune"),
             cancelled=cancelled,
         ):
@@ -285,12 +334,32 @@ class CalibPruner:
         return PruneReport(
             pattern=config.sparsity,
             method=config.method,
-            layers=schedule.recount(self.model, layers),
+            layers=tuple(layers),
             untouched=plan.untouched,
             micro_batch=plan.micro_batch,
             resident=plan.resident,
             replays=plan.replays,
         )
+
+    def _owl(
+        self,
+        calibration: CalibrationSet,
+        settings: schedule.Settings,
+        on_progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Zeros:
+        folder = self._journal.folder if self._journal is not None else None
+        found = allocation.owl(
+            self.model,
+            calibration,
+            settings,
+            self._groups,
+            home=self._home,
+            hidden=Activations(settings.activations, self._home.device, folder),
+            on_progress=_stage(on_progress, "find outliers"),
+            cancelled=cancelled,
+        )
+        return Zeros(found)
 
     def evaluate(self, *, on_progress: Progress | None = None) -> Scores:
         """Scores of the model as it is now; capabilities that cannot be measured here are named with the reason."""
@@ -318,10 +387,16 @@ class CalibPruner:
         wanted = self.config.length if source.path is not None else LENGTH
         return perplexities.read(source, self.tokenizer, min(wanted or LENGTH, context), self.token)
 
+    def _dense_perplexity(self, text: perplexities.Text | None, on_progress: Progress | None) -> PerplexityReport:
+        if text is None:
+            return PerplexityReport("", 0)
+        return text.filled(self._perplexity(text, on_progress), None)
+
     def _perplexity(self, text: perplexities.Text | None, on_progress: Progress | None) -> float | None:
         if text is None or text.windows is None:
             return None
-        return perplexities.perplexity(self.model, text.windows, _stage(on_progress, "perplexity"))
+        shown = _stage(on_progress, "perplexity")
+        return perplexities.perplexity(self.model, text.windows, shown, self._home.logits)
 
     # --------------------------------------------------------------------------------------- publishing
 
@@ -346,7 +421,7 @@ class CalibPruner:
             repo_id = hub.full_name(repo_id or Path(save_directory).resolve().name, token)
         hub.save_run(
             save_directory,
-            self.model,
+            self._write_model,
             self.tokenizer,
             run,
             calibration,
@@ -371,9 +446,10 @@ class CalibPruner:
         run, calibration = self._finished()
         token = token or self.token
         repo_id = hub.full_name(repo_id, token)
-        with tempfile.TemporaryDirectory() as temporary:
+        beside = self._journal.folder if self._journal is not None else None
+        with tempfile.TemporaryDirectory(dir=beside) as temporary:
             folder = Path(temporary) / "run"
-            hub.save_run(folder, self.model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
+            hub.save_run(folder, self._write_model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
             return hub.push_folder(
                 folder,
                 repo_id,
@@ -384,6 +460,12 @@ class CalibPruner:
                 commit_message=commit_message,
             )
 
+    def _write_model(self, folder: Path) -> None:
+        if self.streamed and self._journal is not None:
+            self._journal.save(folder, self.model)
+        else:
+            self.model.save_pretrained(folder)
+
     def _finished(self) -> tuple[RunRecord, CalibrationSet]:
         if self.record is None or self.calibration is None:
             raise ValueError("There is nothing to save yet: call prune() first.")
@@ -391,6 +473,25 @@ class CalibPruner:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+@dataclass(frozen=True)
+class Zeros(Record):
+    """How many zeros each module gets, by its full name."""
+
+    by_module: dict[str, int]
+
+
+def _kept(journal: Journal | None, kind: type[R], compute: Callable[[], R]) -> R:
+    """The result of a stage, from the journal of a run that is resumed; else it is computed, and kept there."""
+    name = kind.__name__.lower()
+    text = journal.kept(name) if journal is not None else None
+    if text is not None:
+        return kind.from_json(text)
+    found = compute()
+    if journal is not None:
+        journal.keep(name, found.to_json())
+    return found
 
 
 @contextmanager

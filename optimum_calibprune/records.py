@@ -306,7 +306,8 @@ class PruneReport(Record):
 class Plan(Record):
     """What a run will do, before it does it. `modules` counts the matrices that are pruned, those of `experts` among them;
     `written` counts the tokens that the model writes for calibration; memory is in bytes by place; seconds are an estimate
-    from measured rates, of the pruning alone."""
+    from measured rates, of the pruning alone. `streamed`: blocks are read from disk in their turn; `activations` says where
+    the hidden states between them are kept."""
 
     model: str
     pattern: Sparsity
@@ -329,6 +330,8 @@ class Plan(Record):
     written: int = 0
     experts: int = 0
     allocation: str = "uniform"
+    streamed: bool = False
+    activations: str = "device"
 
 
 # ---------------------------------------------------------------------------------------- capabilities

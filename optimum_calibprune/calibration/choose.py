@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..records import CalibrationSet, CalibrationSource, Mix, MixRule, SampleProfile, SourceProfile
+from ..records import CalibrationSet, CalibrationSource, Mix, MixRule, Record, SampleProfile, SourceProfile
 from . import cola, measure, mix, selfgen
+from .measure import LogitsOf
 from .sources import OpenSource, build_pool
 
 
@@ -23,7 +24,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Record):
     """A calibration set; `samples` profiles its rows one by one, `profiles` each source over all its windows that were
     measured (for IGSP all candidates), `sources` are those that were read, with what was resolved."""
 
@@ -47,6 +48,7 @@ def choose(
     token: str | None = None,
     on_read: Progress | None = None,
     on_measure: Progress | None = None,
+    logits_of: LogitsOf | None = None,
 ) -> Choice:
     """Reads or writes a pool of each source that the rule needs, draws by `seed`, measures under the dense model, selects.
 
@@ -70,7 +72,7 @@ def choose(
             limits = {"enough": enough, "vocabulary": vocabulary, "token": token, "on_progress": on_read}
             pools.append(build_pool(entry, tokenizer, length, windows, **limits))
     candidates = mix.draw(pools, wanted, seed)
-    measured = measure.likelihood(model, candidates.input_ids, on_measure)
+    measured = measure.likelihood(model, candidates.input_ids, on_measure, logits_of)
     bad = np.flatnonzero(~(np.isfinite(measured.nll) & np.isfinite(measured.entropy)))
     if len(bad):
         row = candidates.rows[bad[0]]

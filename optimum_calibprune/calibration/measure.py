@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 LOGIT_BYTES = 2**28  # fp32 logits that may be in memory at once
 Progress = Callable[[int, int, str], None]
+LogitsOf = Callable[
+    [Iterable["Tensor"]], Iterator["Tensor"]
+]  # batches [samples, length] -> [samples, length, vocabulary]
 
 
 # -------------------------------------------------------------------------------------- under the model
@@ -57,29 +61,44 @@ class Likelihood:
         return Likelihood(self.nll[rows], self.entropy[rows])
 
 
-def likelihood(model: PreTrainedModel, input_ids: np.ndarray, on_progress: Progress | None = None) -> Likelihood:
-    """Likelihood and entropy of samples `[samples, length]`, from one forward pass."""
+def likelihood(
+    model: PreTrainedModel,
+    input_ids: np.ndarray,
+    on_progress: Progress | None = None,
+    logits_of: LogitsOf | None = None,
+) -> Likelihood:
+    """Likelihood and entropy of samples `[samples, length]`, from one forward pass; `logits_of` is another way to make it."""
     import torch
 
-    device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().num_embeddings
     length = input_ids.shape[1]
     batch = max(1, LOGIT_BYTES // (4 * length * vocabulary))
     results = []
     with torch.inference_mode():
-        for start in range(0, len(input_ids), batch):
-            ids = torch.from_numpy(input_ids[start : start + batch].astype(np.int64)).to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            results += [_of_one(one, target) for one, target in zip(logits[:, :-1], ids[:, 1:], strict=True)]
+        batches = torch.from_numpy(input_ids.astype(np.int64)).split(batch)
+        for ids, logits in zip(batches, (logits_of or partial(_logits, model))(batches), strict=True):
+            targets = ids[:, 1:].to(logits.device)
+            results += [_of_one(one, target) for one, target in zip(logits[:, :-1], targets, strict=True)]
+            del logits
             if on_progress is not None:
                 on_progress(len(results), len(input_ids), "perplexity")
     nll, entropy = np.array(results).reshape(-1, 2).T
     return Likelihood(nll, entropy)
 
 
-def mean_nll(model: PreTrainedModel, input_ids: np.ndarray, on_progress: Progress | None = None) -> np.ndarray:
+def mean_nll(
+    model: PreTrainedModel,
+    input_ids: np.ndarray,
+    on_progress: Progress | None = None,
+    logits_of: LogitsOf | None = None,
+) -> np.ndarray:
     """Mean negative log-likelihood (nats) of tokens 2..length of each sample `[samples, length]`; float64 `[samples]`."""
-    return likelihood(model, input_ids, on_progress).nll
+    return likelihood(model, input_ids, on_progress, logits_of).nll
+
+
+def _logits(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    device = model.get_input_embeddings().weight.device
+    return (model(input_ids=ids.to(device), use_cache=False).logits for ids in batches)
 
 
 def _of_one(logits: Tensor, targets: Tensor) -> tuple[float, float]:

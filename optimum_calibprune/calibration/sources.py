@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -216,6 +217,18 @@ def _file_errors(path: Path) -> Iterator[None]:
         yield
     except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:  # StopIteration: only white space
         raise ValueError(f"{path} cannot be read: {sentence(error.__cause__ or error)}") from error
+
+
+def fingerprint(entry: OpenSource) -> str:
+    """SHA-256 of all that decides what a source gives, as far as it can be known before it is read: its description, its
+    local files, and data in memory that is no stream."""
+    digest = hashlib.sha256(entry.source.to_json().encode())
+    for path in _files(Path(entry.source.path)) if entry.source.path is not None else []:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for row in entry.data if entry.data is not None and not _is_stream(entry.data) else []:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ pools

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..calibration.measure import Progress, mean_nll
+from ..calibration.measure import LogitsOf, Progress, mean_nll
 from ..calibration.readers import document
 from ..calibration.sources import OpenSource, rows
 from ..records import CalibrationSource, PerplexityReport
@@ -70,7 +70,12 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarra
     return ids[: len(ids) // length * length].reshape(-1, length)
 
 
-def perplexity(model: PreTrainedModel, windows: np.ndarray, on_progress: Progress | None = None) -> float | None:
+def perplexity(
+    model: PreTrainedModel,
+    windows: np.ndarray,
+    on_progress: Progress | None = None,
+    logits_of: LogitsOf | None = None,
+) -> float | None:
     """exp of the mean negative log-likelihood of tokens 2..length of every window; None where it is not finite."""
-    mean = mean_nll(model, windows, on_progress).mean()
+    mean = mean_nll(model, windows, on_progress, logits_of).mean()
     return float(np.exp(mean)) if mean < LARGEST else None

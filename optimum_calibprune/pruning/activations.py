@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import committed, not_written
+from .checkpoint import as_bytes, committed, not_written
 
 
 PLACES = ("device", "pinned host memory", "file")
@@ -79,7 +79,7 @@ class Activations:
             else:
                 with new.open("wb") as file:
                     for i in range(len(self)):
-                        file.write(_bytes(self[i]))
+                        file.write(as_bytes(self[i]))
         if self.place == "file":
             self._read_from, self._next = path, None
 
@@ -118,7 +118,7 @@ class Activations:
         return self._next
 
     def _write(self, path: Path, i: int, tensor: Tensor) -> None:
-        data = _bytes(tensor)
+        data = as_bytes(tensor)
         try:
             with path.open("r+b" if path.exists() else "wb") as file:
                 file.seek(self._offset(i))
@@ -139,7 +139,3 @@ class Activations:
         count = self._dtype.itemsize * math.prod(self._shapes[i])
         read = np.fromfile(path, dtype=np.uint8, count=count, offset=self._offset(i))
         return torch.from_numpy(read).view(self._dtype).reshape(self._shapes[i])
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -19,8 +19,8 @@ from ..records import CalibrationSet
 from . import blocks
 from .activations import Activations
 from .blocks import Call
-from .homes import InMemory
-from .schedule import Cancelled, Home, Progress, Settings
+from .homes import Home, InMemory
+from .schedule import Cancelled, Progress, Settings
 from .sparsegpt import zeros_in_parts
 from .stops import Experts, Stop
 

@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,12 @@ class Checkpoint:
             for path in {self.files[key] for key in keys}:
                 handles[path] = opened.enter_context(safe_open(path, framework="pt", backend="pread"))
             yield {key: handles[self.files[key]].get_slice(key) for key in keys}
+
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor that holds floating-point numbers."""
+        with self.read(self.files) as slices:
+            names = (_DTYPES.get(each.get_dtype()) for each in slices.values())
+            return next((dtype for dtype in names if dtype is not None), torch.float32)
 
     def fingerprint(self) -> str:
         """SHA-256 of the digests of all files, in the order of their names.
@@ -85,6 +95,10 @@ def find_checkpoint(fetch: Callable[[str], Path | None]) -> Checkpoint | None:
 
 
 # --------------------------------------------------------------------------------------------- writing
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +28,11 @@ from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights
 from transformers.utils import logging
 
 from .blocks import bypassed, damaged, find_blocks
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, as_bytes
+from .forward import Forward, wait_before
 
 
+IN_STEP = 2**30  # bytes of hidden states between which a streamed block is read once
 OUTSIDE = -1  # the part of a model that is no block: embeddings, last norm, head
 
 
@@ -61,6 +66,18 @@ class InMemory:
     def put_back(self, i: int) -> None:
         self.blocks[i].to(self.device)
 
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Of batches of token ids `[samples, length]`, one after the other."""
+        return (_logits(self.model, ids) for ids in batches)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights and their names."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(as_bytes(tensor))
+        return digest.hexdigest()
+
     @contextmanager
     def only_blocks(self) -> Iterator[None]:
         """While nothing but single blocks is run."""
@@ -86,6 +103,7 @@ class Streamed:
         self._shards: dict[int, Checkpoint] = {}
         self._keys = self._keys_by_part()
         self._visitors: set[int] = set()
+        self._by_hand = False
         self._checked: set[int] = set()
         self._check_shared()
         for buffer in model.buffers():
@@ -108,6 +126,47 @@ class Streamed:
         self._load(i, device)
         return lambda: None
 
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Of batches of token ids `[samples, length]`: their forwards go in step, so that each block is read once for many."""
+        waiting, size = [], 0
+        for ids in batches:
+            waiting.append(ids)
+            size += (
+                ids.numel() * self.model.config.get_text_config(decoder=True).hidden_size * self.model.dtype.itemsize
+            )
+            if size >= IN_STEP:
+                yield from self._in_step(waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield from self._in_step(waiting)
+
+    def _in_step(self, batches: list[Tensor]) -> Iterator[Tensor]:
+        gates = [wait_before(block, lambda args, kwargs: True) for block in self.blocks]
+        forwards = [Forward(partial(_logits, self.model, ids)) for ids in batches]
+        self._drop_visitors()
+        self._by_hand = True
+        try:
+            for forward in forwards:
+                forward.switch()
+            for i, _ in enumerate(self.brought(self.device)):
+                for forward in forwards:
+                    brought = forward.switch()
+                    if forward.dead:
+                        yield brought
+                self.put_back(i)
+        finally:
+            self._by_hand = False
+            for gate in gates:
+                gate.remove()
+            for forward in forwards:
+                forward.drop()
+            for block in self.blocks:
+                _drop(block)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all files of the checkpoint."""
+        return self.checkpoint.fingerprint()
+
     def put_back(self, i: int) -> None:
         """Drops the block: what is to last of it has been written, and is told to `take`."""
         _drop(self.blocks[i])
@@ -128,7 +187,7 @@ class Streamed:
         self._shards[i] = shard
 
     def _visit(self, i: int) -> None:
-        if bypassed(self.blocks[i]) or not _dropped(self.blocks[i]):
+        if self._by_hand or bypassed(self.blocks[i]) or not _dropped(self.blocks[i]):
             return
         self._drop_visitors()
         self._load(i, self.device)
@@ -191,6 +250,20 @@ class Streamed:
                     )
 
 
+Home = InMemory | Streamed
+
+
+def free_memory() -> int:
+    """What this process may still take of the host: of the machine, or of the container that it runs in."""
+    import psutil  # here, so that a GPU machine can do without
+
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    free = psutil.virtual_memory().available
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
 # ------------------------------------------------------------------------------------- parts of a model
 
 
@@ -228,6 +301,10 @@ def part_state(model: PreTrainedModel, part: int) -> dict[str, Tensor]:
     state = {key: tensor for key, tensor in state.items() if key not in (model._keys_to_ignore_on_save or ())}
     with _LOADING:
         return revert_weight_conversion(model, state)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits
 
 
 def _outside(model: PreTrainedModel, blocks: nn.ModuleList) -> Iterator[nn.Module]:

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..records import LayerReport
 from .activations import Activations
@@ -23,7 +27,7 @@ SCHEMA = 1
 class Journal:
     """A folder with the weights of the blocks that are finished, each in a shard of the checkpoint that is being made, with
     their reports, and with the hidden states that enter the next block. Each file is written whole; the manifest, last,
-    says how far the run has come.
+    says how far the run has come, and how many seconds it has taken; `earlier` are those of the runs before this one.
 
     Args:
         folder: new or empty, or with `resume` that of a run which stopped.
@@ -37,7 +41,8 @@ class Journal:
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], blocks: int, *, resume: bool = False) -> None:
         self.folder, self.blocks = Path(folder), blocks
-        self.done, self.outside = 0, False
+        self.done, self.outside, self.earlier = 0, False, 0.0
+        self._started = time.perf_counter()
         self._identity = json.loads(json.dumps(identity))
         self._layout: dict[str, Any] = {}
         manifest = self.folder / MANIFEST
@@ -57,15 +62,29 @@ class Journal:
     def _take_up(self, found: dict[str, Any]) -> None:
         if found["schema"] != SCHEMA:
             raise ValueError(f"{self.folder} was written by another version of this library; start the run again.")
-        differing = differences(found["identity"], self._identity)
+        then = found["identity"]
+        differing = differences({key: then.get(key) for key in self._identity}, self._identity)
         if differing:
-            raise ValueError(
-                f"The run in {self.folder} cannot be resumed with what was given: {'; '.join(differing)}. Give what it was "
-                "started with, or start anew in another folder."
-            )
+            raise self._another(differing)
+        self._identity = then
         self.done, self.outside, self._layout = found["done"], found["outside"], found["layout"]
+        self.earlier = found["seconds"]
         for left in self.folder.glob(".*.new"):
             left.unlink()
+
+    def _another(self, differing: list[str]) -> ValueError:
+        return ValueError(
+            f"The run in {self.folder} cannot be resumed with what was given: {'; '.join(differing)}. Give what it was "
+            "started with, or start anew in another folder."
+        )
+
+    def expect(self, name: str, value: Any) -> None:
+        """Adds to the identity what is known only now; raises `ValueError` where the run in the folder had another one."""
+        if name in self._identity and self._identity[name] != value:
+            raise self._another([f"{name} was {_short(self._identity[name])} and is {_short(value)}"])
+        if name not in self._identity:
+            self._identity[name] = value
+            self._commit()
 
     # ---------------------------------------------------------------------------------------- stages
 
@@ -118,6 +137,23 @@ class Journal:
         """What enters the next block; to be called where a block is finished and another is not."""
         return empty.load(self._hidden(self.done), self._layout["shapes"], self._layout["dtype"])
 
+    def save(self, folder: Path, model: PreTrainedModel) -> None:
+        """Writes the checkpoint, all of whose blocks are finished, to `folder`; on the same disk it takes no room."""
+        model.save_pretrained(folder, state_dict={})  # all files but the weights
+        (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+        weight_map, size = {}, 0
+        for part in range(-1, self.blocks):
+            shard = self.shard(part)
+            _link(shard, folder / shard.name)
+            weight_map |= dict.fromkeys(Checkpoint.of_files([shard]).files, shard.name)
+            size += shard.stat().st_size
+        index = {
+            "metadata": {"total_parameters": model.num_parameters(), "total_size": size},
+            "weight_map": weight_map,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
     def remove(self) -> None:
         """Removes the folder, when all that is in it has been saved elsewhere."""
         shutil.rmtree(self.folder)
@@ -132,10 +168,18 @@ class Journal:
             "done": self.done,
             "outside": self.outside,
             "layout": self._layout,
+            "seconds": self.earlier + time.perf_counter() - self._started,
         }
         text = json.dumps(found, indent=1) + "\n"
         with committed(self.folder / MANIFEST, len(text)) as new:
             new.write_text(text, encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], under: str = "") -> list[str]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +22,13 @@ from .blocks import Call
 from .experts import Routed
 from .forward import Forward, wait_before
 from .hessian import NotFinite
-from .homes import OUTSIDE, InMemory, Streamed, part_state
+from .homes import OUTSIDE, Home, InMemory, free_memory, part_state
 from .journal import Journal
 from .sparsegpt import Solution, Target, solve_together
 from .stops import Experts, Stop, matrix
 
 
 Progress = Callable[[int, int, str], None]
-Home = InMemory | Streamed
 
 
 class Cancelled(Exception):
@@ -72,19 +70,8 @@ def resident_micro_batches(model: PreTrainedModel, stops: list[list[Stop]], toke
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = _free_memory()
+        free = free_memory()
     return max(0, int(free / 2 / (width * tokens * size)))
-
-
-def _free_memory() -> int:
-    """What this process may still take: of the machine, or of the container that it runs in."""
-    import psutil  # here, so that a GPU machine can do without
-
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    free = psutil.virtual_memory().available
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 def place_of_activations(size: int, device: torch.device, with_file: bool) -> str:
@@ -93,8 +80,8 @@ def place_of_activations(size: int, device: torch.device, with_file: bool) -> st
     if device.type == "cuda":
         if size <= torch.cuda.mem_get_info(device)[0] / 2:
             return "device"
-        return "pinned host memory" if size <= _free_memory() / 2 or not with_file else "file"
-    return "file" if with_file and size > _free_memory() / 2 else "device"
+        return "pinned host memory" if size <= free_memory() / 2 or not with_file else "file"
+    return "file" if with_file and size > free_memory() / 2 else "device"
 
 
 @torch.no_grad()

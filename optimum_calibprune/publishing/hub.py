@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from .card import render
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 RECORD_NAME = "calibprune.json"
@@ -50,7 +50,7 @@ def check_output(folder: str | Path, overwrite: bool, needed_bytes: int = 0) -> 
 
 def save_run(
     folder: str | Path,
-    model: PreTrainedModel,
+    write_model: Callable[[Path], None],
     tokenizer: PreTrainedTokenizerBase,
     run: RunRecord,
     calibration: CalibrationSet,
@@ -59,13 +59,14 @@ def save_run(
     repo_id: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes model, tokenizer, records and card to `folder`; a crash leaves it as it was, or complete."""
+    """Writes tokenizer, records and card to `folder`, and the checkpoint with `write_model`; a crash leaves the folder as it
+    was, or complete."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with _replaced(Path(folder), overwrite) as new:
         try:
-            model.save_pretrained(new)
+            write_model(new)
             tokenizer.save_pretrained(new)
             save_file({"input_ids": calibration.input_ids}, new / CALIBRATION_NAME)
         except Exception as error:
