@@ -46,6 +46,8 @@ class Journal:
         self._identity = json.loads(json.dumps(identity))
         self._layout: dict[str, Any] = {}
         manifest = self.folder / MANIFEST
+        for left in self.folder.glob(".*.new"):  # by a run that was killed while it wrote
+            left.unlink()
         if resume:
             if not manifest.is_file():
                 raise FileNotFoundError(f"There is no run to resume in {self.folder}: it has no {MANIFEST}.")
@@ -69,8 +71,6 @@ class Journal:
         self._identity = then
         self.done, self.outside, self._layout = found["done"], found["outside"], found["layout"]
         self.earlier = found["seconds"]
-        for left in self.folder.glob(".*.new"):
-            left.unlink()
 
     def _another(self, differing: list[str]) -> ValueError:
         return ValueError(

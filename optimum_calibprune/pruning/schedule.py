@@ -151,7 +151,8 @@ def prune_blocks(
             )
             try:
                 reports = [progress.one(report) for report in walk.solve_groups(cancelled)]
-                walk.propagate()
+                if i + 1 < len(model_blocks):
+                    walk.propagate()
                 counted = recount(model, reports)
                 if journal is not None:
                     journal.commit(i, part_state(model, i), hidden, counted)
