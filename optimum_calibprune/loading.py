@@ -15,7 +15,8 @@ import torch
 from . import pocket
 from .pruning.blocks import check_config
 from .pruning.checkpoint import find_checkpoint
-from .pruning.homes import Home, InMemory, Streamed, free_memory, without_weights
+from .pruning.homes import Home, InMemory, Streamed, without_weights
+from .pruning.memory import free_memory
 from .records import BaseModel
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-LOGIT_BYTES = 2**28  # fp32 logits that may be in memory at once
+LOGIT_BYTES = 2**26  # fp32 logits that may be in memory at once
 Progress = Callable[[int, int, str], None]
 LogitsOf = Callable[
     [Iterable["Tensor"]], Iterator["Tensor"]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from transformers.utils import logging
 from .blocks import bypassed, damaged, find_blocks
 from .checkpoint import Checkpoint, as_bytes
 from .forward import Forward, wait_before
+from .memory import give_back
 
 
 IN_STEP = 2**30  # bytes of hidden states between which a streamed block is read once
@@ -150,9 +150,10 @@ class Streamed:
                 forward.switch()
             for i, _ in enumerate(self.brought(self.device)):
                 for forward in forwards:
-                    brought = forward.switch()
-                    if forward.dead:
-                        yield brought
+                    if i + 1 < len(self.blocks):
+                        forward.switch()
+                    else:
+                        yield forward.switch()
                 self.put_back(i)
         finally:
             self._by_hand = False
@@ -160,8 +161,7 @@ class Streamed:
                 gate.remove()
             for forward in forwards:
                 forward.drop()
-            for block in self.blocks:
-                _drop(block)
+            _drop(self.blocks.modules())
 
     def fingerprint(self) -> str:
         """SHA-256 of all files of the checkpoint."""
@@ -169,14 +169,13 @@ class Streamed:
 
     def put_back(self, i: int) -> None:
         """Drops the block: what is to last of it has been written, and is told to `take`."""
-        _drop(self.blocks[i])
+        _drop(self.blocks[i].modules())
 
     @contextmanager
     def only_blocks(self) -> Iterator[None]:
         """While nothing but single blocks is run: what is no block is not in memory."""
         self._drop_visitors()
-        for module in _outside(self.model, self.blocks):
-            _drop(module, recurse=False)
+        _drop(_outside(self.model, self.blocks))
         try:
             yield
         finally:
@@ -199,7 +198,7 @@ class Streamed:
 
     def _drop_visitors(self) -> None:
         for i in self._visitors:
-            _drop(self.blocks[i])
+            _drop(self.blocks[i].modules())
         self._visitors.clear()
 
     def _load(self, part: int, device: torch.device) -> None:
@@ -251,17 +250,6 @@ class Streamed:
 
 
 Home = InMemory | Streamed
-
-
-def free_memory() -> int:
-    """What this process may still take of the host: of the machine, or of the container that it runs in."""
-    import psutil  # here, so that a GPU machine can do without
-
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    free = psutil.virtual_memory().available
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 # ------------------------------------------------------------------------------------- parts of a model
@@ -316,10 +304,12 @@ def _dropped(module: nn.Module, recurse: bool = True) -> bool:
     return any(parameter.is_meta for parameter in module.parameters(recurse))
 
 
-def _drop(module: nn.Module, recurse: bool = True) -> None:
-    for each in module.modules() if recurse else [module]:
-        for key, parameter in each.named_parameters(recurse=False):
-            setattr(each, key, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+def _drop(modules: Iterable[nn.Module]) -> None:
+    """Leaves the parameters of the modules themselves on the meta device, and what they held to the system."""
+    for module in modules:
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(module, key, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+    give_back()
 
 
 @contextmanager

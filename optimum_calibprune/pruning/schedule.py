@@ -22,8 +22,9 @@ from .blocks import Call
 from .experts import Routed
 from .forward import Forward, wait_before
 from .hessian import NotFinite
-from .homes import OUTSIDE, Home, InMemory, free_memory, part_state
+from .homes import OUTSIDE, Home, InMemory, part_state
 from .journal import Journal
+from .memory import free_memory, give_back
 from .sparsegpt import Solution, Target, solve_together
 from .stops import Experts, Stop, matrix
 
@@ -148,6 +149,7 @@ def prune_blocks(
                 step=step,
                 resident=min(resident, len(hidden)),
                 settings=settings,
+                frugal=home.streamed,
             )
             try:
                 reports = [progress.one(report) for report in walk.solve_groups(cancelled)]
@@ -190,7 +192,8 @@ class _Counted:
 
 @dataclass
 class _BlockWalk:
-    """One block: its micro-batches, of which the first `resident` wait at the gates while the others are replayed."""
+    """One block: its micro-batches, of which the first `resident` wait at the gates while the others are replayed. A
+    `frugal` one gives what it no longer uses back to the system before it goes on and before it solves."""
 
     block: nn.Module
     name: str
@@ -201,6 +204,7 @@ class _BlockWalk:
     step: int
     resident: int
     settings: Settings
+    frugal: bool = False
     waiting: list[Forward] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -215,7 +219,11 @@ class _BlockWalk:
         dense = self._dense_block() if two_passes else []
         for position, stop in enumerate(self.stops):
             ask(stop.names[0])
+            if self.frugal:
+                give_back()
             arrived = dense[position] if two_passes else self._arrive_at(position)
+            if self.frugal:
+                give_back()
             if isinstance(arrived, Routed):
                 yield from arrived.solve_in_turn(self._solve, dense=two_passes, ask=ask)
             else:
