@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -188,12 +189,17 @@ class PruneCommand(_Command):
             from .publishing.card import not_measured, retention_table, starved_experts, upper_bound
             from .publishing.hub import check_output
 
-            check_output(arguments.output, arguments.overwrite)
+            if os.environ.get("RANK", "0") == "0":  # of several processes, the one that saves
+                check_output(arguments.output, arguments.overwrite)
             pruner = _pruner(arguments, stream={"always": True, "never": False}.get(arguments.stream, "auto"))
             size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
             check_output(arguments.output, arguments.overwrite, needed_bytes=size + BESIDE_WEIGHTS)
             beside = f"{arguments.output}.work" if pruner.streamed or arguments.resume else None
             work_dir = arguments.work_dir or beside
+        if not pruner.speaks:  # of several processes, one that helps
+            with errors(FAILED):
+                pruner.prune(work_dir=work_dir, resume=arguments.resume)
+            return
         kept = f"what is finished is in {work_dir}; go on with the same command and --resume"
         with errors(FAILED, *([kept] if work_dir is not None else [])):
             say(plan_text(pruner.plan()), to_stderr=arguments.json)

@@ -126,7 +126,7 @@ def _streamed(name: str, path: str, config: Any, dtype: str, place: torch.device
 
 def _device(asked: str) -> torch.device:
     if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         place = torch.device(asked)
     except RuntimeError as error:

@@ -35,18 +35,19 @@ def make_plan(
     sources: Sequence[str],
     written: int,
     capabilities: Sequence[str],
+    processes: int = 1,
 ) -> Plan:
     """The plan of a run whose config has all defaults filled in; the model writes `written` windows first."""
     assert config.samples and config.length and config.micro_batch
     model, device = home.model, home.device
-    micro_batches = math.ceil(config.samples / config.micro_batch)
+    micro_batches = math.ceil(math.ceil(config.samples / config.micro_batch) / processes)
     fits = schedule.resident_micro_batches(model, groups, config.micro_batch * config.length, device)
     resident = min(fits, micro_batches) if config.sequential == "module" else 0
     replayed = 1.0 - resident / micro_batches
     most_groups = max(len(block) for block in groups)
     replays = 0 if replayed == 0 else 1 if config.sequential == "block" else most_groups
     stops = [stop for block in groups for stop in block]
-    hidden = _hidden_states(model, config)
+    hidden = _hidden_states(model, config) // processes
     activations = schedule.place_of_activations(hidden, device, with_file=home.streamed)
     return Plan(
         model=config.model,
@@ -68,8 +69,9 @@ def make_plan(
         resident=resident,
         replays=replays,
         device=str(device),
-        memory=_memory(home, groups, config, resident, activations),
-        seconds=_seconds(model, device, groups, config, replays * replayed),
+        memory=_memory(home, groups, config, resident, activations, processes),
+        seconds=_seconds(model, device, groups, config, replays * replayed, processes),
+        processes=processes,
         streamed=home.streamed,
         activations=activations,
     )
@@ -83,7 +85,7 @@ def _hidden_states(model: PreTrainedModel, config: CalibPruneConfig) -> int:
 
 
 def _memory(
-    home: Home, groups: list[list[Stop]], config: CalibPruneConfig, resident: int, activations: str
+    home: Home, groups: list[list[Stop]], config: CalibPruneConfig, resident: int, activations: str, processes: int
 ) -> dict[str, int]:
     assert config.samples and config.length and config.micro_batch
     model, place = home.model, home.device.type
@@ -101,7 +103,7 @@ def _memory(
     where = f"on {place}" if activations == "device" else f"in {'a ' * (activations == 'file')}{activations}"
     memory = {
         **({f"blocks on {place}": blocks_at_once} if home.streamed else {f"model on {place}": _bytes(model)}),
-        f"hidden states {where}": _hidden_states(model, config),
+        f"hidden states {where}": _hidden_states(model, config) // processes,
         f"waiting micro-batches on {place}": resident * config.micro_batch * config.length * waiting * size,
         f"Hessians and factor on {place}": 4 * squares,
     }
@@ -115,11 +117,17 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _seconds(
-    model: PreTrainedModel, device: torch.device, groups: list[list[Stop]], config: CalibPruneConfig, replays: float
+    model: PreTrainedModel,
+    device: torch.device,
+    groups: list[list[Stop]],
+    config: CalibPruneConfig,
+    replays: float,
+    processes: int,
 ) -> float:
-    """Of the pruning stage: products and the sweep at rates measured here and now."""
+    """Of the pruning stage: products and the sweep at rates measured here and now. Of several processes each has its part
+    of the tokens and of the rows, but factors every Hessian."""
     assert config.samples and config.length
-    tokens = config.samples * config.length
+    tokens = config.samples * config.length / processes
     forwards = 1 + replays + (config.allocation == "owl")
     solutions = 1 + ROUNDS if config.mix.kind == "balanced" and config.mix.option("worst") else 1
     forward_rate, solve_rate = _product_rate(model.dtype, device), _product_rate(torch.float32, device)
@@ -128,10 +136,11 @@ def _seconds(
     seconds = 0.0
     for given in inputs:
         columns, outputs, arriving = given.columns, given.rows, tokens * given.share
+        own = outputs / processes
         seconds += forwards * 2 * arriving * columns * outputs / forward_rate
         seconds += arriving * columns**2 / solve_rate  # one triangle of the Hessian
-        seconds += solutions * (2 / 3 * columns**3 + 3 * outputs * columns**2) / solve_rate  # factor, updates, errors
-        seconds += solutions * (outputs * columns / sweep_rate + columns * COLUMN_SECONDS)
+        seconds += solutions * (2 / 3 * columns**3 + 3 * own * columns**2) / solve_rate  # factor, updates, errors
+        seconds += solutions * (own * columns / sweep_rate + columns * COLUMN_SECONDS)
     return seconds
 
 

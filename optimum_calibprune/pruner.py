@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -40,6 +41,7 @@ from .pruning import allocation, blocks, schedule
 from .pruning.activations import Activations
 from .pruning.homes import Home, InMemory
 from .pruning.journal import Journal
+from .pruning.ranks import Ranks
 from .publishing import hub, reproduce
 from .records import (
     CAPABILITIES,
@@ -107,6 +109,7 @@ class CalibPruner:
         self.scores: dict[str, Scores] = {}
         self._pruned = False
         self._journal: Journal | None = None
+        self._ranks = Ranks.current()
         self._tasks = choose_tasks(self.config)
         self._sources = choose_sources(self.config, listed(sources))
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
@@ -134,6 +137,8 @@ class CalibPruner:
     ) -> Self:
         """Loads a model of the Hub, of a local folder, or the bundled `"pocket"`.
 
+        Where torchrun or accelerate has launched several processes, they prune together: each calls the same methods.
+
         Args:
             model: Hub id, folder, or `"pocket"`.
             sources: names of the table, paths, `"NAME=PATH:CAPABILITY"`, `CalibrationSource`s; or a mapping from
@@ -148,7 +153,20 @@ class CalibPruner:
         Raises:
             `ValueError` for bad options and models that cannot be pruned; `OSError` where a model cannot be had.
         """
-        sources = listed(sources)
+        with Ranks.join().one_voice():
+            options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            options |= {"trust_remote_code": trust_remote_code, "stream": stream}
+            return cls._loaded(model, listed(sources), perplexity_text, options, config)
+
+    @classmethod
+    def _loaded(
+        cls,
+        model: str,
+        sources: Sources,
+        perplexity_text: str | Path | None,
+        options: dict[str, Any],
+        config: dict[str, Any],
+    ) -> Self:
         asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)
         choose_tasks(asked)
         choose_sources(asked, sources)
@@ -158,14 +176,16 @@ class CalibPruner:
             revision=asked.revision,
             dtype=asked.dtype,
             device=asked.device,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            stream=stream,
+            **options,
             check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
-        return cls(home, tokenizer, asked, base=base, sources=sources, perplexity_text=perplexity_text, token=token)
+        given = {"sources": sources, "perplexity_text": perplexity_text, "token": options["token"]}
+        return cls(home, tokenizer, asked, base=base, **given)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process, of those that prune together, is the one that writes and speaks."""
+        return self._ranks.first
 
     @property
     def streamed(self) -> bool:
@@ -181,7 +201,7 @@ class CalibPruner:
         wanted = mixes.windows_wanted(config.mix, sources, config.samples or SAMPLES)
         written = sum(wanted.get(source.name, 0) for source in sources if source.written)
         capabilities = [name for name in CAPABILITIES if name in {task.capability for task in self._tasks}]
-        return make_plan(self._home, config, self._groups, sorted(wanted), written, capabilities)
+        return make_plan(self._home, config, self._groups, sorted(wanted), written, capabilities, self._ranks.size)
 
     def prune(
         self,
@@ -206,6 +226,17 @@ class CalibPruner:
             `ValueError`, `FileExistsError`, `FileNotFoundError` where `work_dir` is missing, or does not fit; `OSError`
             where its disk is full: what was finished before is kept there.
         """
+        with self._ranks.one_voice():
+            return self._run(work_dir, resume, dense_scores, on_progress, cancelled)
+
+    def _run(
+        self,
+        work_dir: str | Path | None,
+        resume: bool,
+        dense_scores: Scores | None,
+        on_progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> RunRecord:
         if self._pruned:
             raise ValueError("This model is pruned already; load it again for another run.")
         if dense_scores is not None:
@@ -217,20 +248,20 @@ class CalibPruner:
         )
         plan = self.plan()
         with _timed(seconds, "calibrate"):  # first, since text that cannot be had is the likeliest failure
-            text = self._perplexity_text()
-            choice = _kept(journal, Choice, lambda: self.choose_calibration(on_progress=on_progress))
+            text = self._ranks.once(self._perplexity_text)
+            choice = self._kept(Choice, lambda: self.choose_calibration(on_progress=on_progress))
             self.calibration = choice.calibration
         if journal is not None:
             journal.expect("calibration", self.calibration.fingerprint)
         with _timed(seconds, "measure dense"):
-            dense = dense_scores or _kept(journal, Scores, lambda: self._measure("measure dense", on_progress))
-            before = _kept(journal, PerplexityReport, lambda: self._dense_perplexity(text, on_progress))
+            dense = dense_scores or self._kept(Scores, lambda: self._measure("measure dense", on_progress))
+            before = self._kept(PerplexityReport, lambda: self._dense_perplexity(text, on_progress))
         with _timed(seconds, "prune"):
             self._pruned = True
             prune = self._prune(self.calibration, plan, on_progress, cancelled)
         with _timed(seconds, "measure sparse"):
-            sparse = self._measure("measure sparse", on_progress)
-            after = self._perplexity(text, on_progress)
+            sparse = self._ranks.once(lambda: self._measure("measure sparse", on_progress))
+            after = self._ranks.once(lambda: self._perplexity(text, on_progress))
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -262,7 +293,12 @@ class CalibPruner:
                 why = "To resume a run" if resume else f"The model is streamed ({size:,.1f} GiB): to prune it on disk"
                 raise ValueError(f"{why}, a folder is needed that keeps the finished blocks; give it as work_dir.")
             return None
-        identity = {
+        identity = self._ranks.once(self._identity)
+        return Journal(work_dir, identity, len(self._groups), resume=resume, ranks=self._ranks)
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides the result of a run."""
+        return {
             "version": __version__,
             "config": {k: v for k, v in self.config.to_dict().items() if k not in ("model", "device")},
             "device": self._home.device.type,
@@ -270,7 +306,20 @@ class CalibPruner:
             "sources": {entry.source.name: fingerprint(entry) for entry in self._sources},
             "streamed": self.streamed,
         }
-        return Journal(work_dir, identity, len(self._groups), resume=resume)
+
+    def _kept(self, kind: type[R], compute: Callable[[], R]) -> R:
+        """The result of a stage, computed once for all processes; of a run that is resumed it is in the journal already."""
+        return self._ranks.once(lambda: self._kept_here(kind, compute))
+
+    def _kept_here(self, kind: type[R], compute: Callable[[], R]) -> R:
+        journal, name = self._journal, kind.__name__.lower()
+        text = journal.kept(name) if journal is not None else None
+        if text is not None:
+            return kind.from_json(text)
+        found = compute()
+        if journal is not None:
+            journal.keep(name, found.to_json())
+        return found
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
@@ -317,8 +366,7 @@ class CalibPruner:
             activations=plan.activations,
         )
         if config.allocation == "owl":
-            zeros = _kept(self._journal, Zeros, lambda: self._owl(calibration, settings, on_progress, cancelled))
-            settings = replace(settings, zeros=zeros.by_module)
+            settings = replace(settings, zeros=self._owl(calibration, settings, on_progress, cancelled))
         layers: list[LayerReport] = []
         for reports in schedule.prune_blocks(
             self.model,
@@ -327,6 +375,7 @@ class CalibPruner:
             groups=self._groups,
             home=self._home,
             journal=self._journal,
+            ranks=self._ranks,
             on_progress=_stage(on_progress, "prune"),
             cancelled=cancelled,
         ):
@@ -347,19 +396,28 @@ class CalibPruner:
         settings: schedule.Settings,
         on_progress: Progress | None,
         cancelled: Callable[[], bool] | None,
-    ) -> Zeros:
-        folder = self._journal.folder if self._journal is not None else None
+    ) -> Mapping[str, int]:
+        """How many zeros each module gets; from the journal of a run that is resumed, where it got so far."""
+        journal = self._journal
+        text = journal.kept("zeros") if journal is not None else None
+        if text is not None:
+            return json.loads(text)
         found = allocation.owl(
             self.model,
             calibration,
             settings,
             self._groups,
             home=self._home,
-            hidden=Activations(settings.activations, self._home.device, folder),
+            hidden=Activations(
+                settings.activations, self._home.device, journal.hidden_states(0) if journal is not None else None
+            ),
+            ranks=self._ranks,
             on_progress=_stage(on_progress, "find outliers"),
             cancelled=cancelled,
         )
-        return Zeros(found)
+        if journal is not None and self._ranks.first:
+            journal.keep("zeros", json.dumps(found))
+        return found
 
     def evaluate(self, *, on_progress: Progress | None = None) -> Scores:
         """Scores of the model as it is now; capabilities that cannot be measured here are named with the reason."""
@@ -416,6 +474,8 @@ class CalibPruner:
             push_to_hub: upload it afterwards to `repo_id` (default: the folder's name), with the arguments `push`.
         """
         run, calibration = self._finished()
+        if not self._ranks.first:
+            return
         token = push.pop("token", self.token)
         if push_to_hub:
             repo_id = hub.full_name(repo_id or Path(save_directory).resolve().name, token)
@@ -447,18 +507,22 @@ class CalibPruner:
         token = token or self.token
         repo_id = hub.full_name(repo_id, token)
         beside = self._journal.folder if self._journal is not None else None
-        with tempfile.TemporaryDirectory(dir=beside) as temporary:
-            folder = Path(temporary) / "run"
-            hub.save_run(folder, self._write_model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
-            return hub.push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+
+        def upload() -> CommitInfo:
+            with tempfile.TemporaryDirectory(dir=beside) as temporary:
+                folder = Path(temporary) / "run"
+                hub.save_run(folder, self._write_model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
+                return hub.push_folder(
+                    folder,
+                    repo_id,
+                    private=private,
+                    token=token,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=commit_message,
+                )
+
+        return self._ranks.once(upload)
 
     def _write_model(self, folder: Path) -> None:
         if self.streamed and self._journal is not None:
@@ -473,25 +537,6 @@ class CalibPruner:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-@dataclass(frozen=True)
-class Zeros(Record):
-    """How many zeros each module gets, by its full name."""
-
-    by_module: dict[str, int]
-
-
-def _kept(journal: Journal | None, kind: type[R], compute: Callable[[], R]) -> R:
-    """The result of a stage, from the journal of a run that is resumed; else it is computed, and kept there."""
-    name = kind.__name__.lower()
-    text = journal.kept(name) if journal is not None else None
-    if text is not None:
-        return kind.from_json(text)
-    found = compute()
-    if journal is not None:
-        journal.keep(name, found.to_json())
-    return found
 
 
 @contextmanager

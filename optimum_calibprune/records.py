@@ -307,7 +307,7 @@ class Plan(Record):
     """What a run will do, before it does it. `modules` counts the matrices that are pruned, those of `experts` among them;
     `written` counts the tokens that the model writes for calibration; memory is in bytes by place; seconds are an estimate
     from measured rates, of the pruning alone. `streamed`: blocks are read from disk in their turn; `activations` says where
-    the hidden states between them are kept."""
+    the hidden states between them are kept. Of several `processes`, memory is that of each of them."""
 
     model: str
     pattern: Sparsity
@@ -332,6 +332,7 @@ class Plan(Record):
     allocation: str = "uniform"
     streamed: bool = False
     activations: str = "device"
+    processes: int = 1
 
 
 # ---------------------------------------------------------------------------------------- capabilities

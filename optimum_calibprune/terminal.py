@@ -92,7 +92,12 @@ def errors(code: int, interrupted: str = "nothing was left behind") -> Iterator[
         say(f"Error: {' '.join(str(error).split()) or type(error).__name__}", to_stderr=True)
         sys.exit(code)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which this module does not import
+        kind = type(error).__name__  # this module imports no torch
+        if kind == "RankLost":
+            if not getattr(error, "told", False):
+                say(f"Error: {error}.", to_stderr=True)
+            sys.exit(FAILED)
+        if kind != "OutOfMemoryError":
             raise
         say(f"Error: out of GPU memory; try --device cpu, or fewer samples a --micro-batch. {error}", to_stderr=True)
         sys.exit(FAILED)

@@ -25,13 +25,13 @@ class Activations:
     In a `"file"`, what is assigned enters the next generation, which `save` makes the one that is read.
     """
 
-    def __init__(self, place: str, device: torch.device, folder: Path | None = None) -> None:
-        assert place != "file" or folder is not None, "a file needs a folder"
+    def __init__(self, place: str, device: torch.device, path: Path | None = None) -> None:
+        assert place != "file" or path is not None, "which file?"
         self.place, self.device = place, device
         self._shapes: list[tuple[int, ...]] = []
         self._dtype = torch.float32
         self._held: list[Tensor] = []
-        self._read_from = folder / "hidden-states-00000.bin" if folder is not None else None
+        self._read_from = path
         self._next: Path | None = None
 
     def fill(self, tensors: Iterable[Tensor]) -> Activations:
@@ -113,7 +113,7 @@ class Activations:
     def _generation(self) -> Path:
         if self._next is None:
             assert self._read_from is not None
-            self._next = self._read_from.with_name(".hidden-states.new")
+            self._next = self._read_from.with_name(f".{self._read_from.name}.next.new")
             self._next.unlink(missing_ok=True)
         return self._next
 

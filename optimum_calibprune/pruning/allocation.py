@@ -20,7 +20,8 @@ from . import blocks
 from .activations import Activations
 from .blocks import Call
 from .homes import Home, InMemory
-from .schedule import Cancelled, Progress, Settings
+from .ranks import ALONE, Ranks
+from .schedule import Cancelled, Progress, Settings, own_micro_batches
 from .sparsegpt import zeros_in_parts
 from .stops import Experts, Stop
 
@@ -48,6 +49,7 @@ def owl(
     home: Home | None = None,
     device: torch.device | None = None,
     hidden: Activations | None = None,
+    ranks: Ranks = ALONE,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> dict[str, int]:
@@ -60,11 +62,21 @@ def owl(
     Args:
         groups: of `blocks.find_groups` with the same sparsity.
         home: where the blocks are, as in `prune_blocks`; hidden: what keeps the hidden states (default: the device).
+        ranks: the processes that do this together, each with a part of the samples.
         on_progress: called with (blocks done, blocks, name of the block); cancelled: asked before each of them.
     """
     name, _ = blocks.find_blocks(model)
     shares = outlier_shares(
-        model, calibration, settings.micro_batch, groups, device, on_progress, cancelled, home=home, hidden=hidden
+        model,
+        calibration,
+        settings.micro_batch,
+        groups,
+        device,
+        on_progress,
+        cancelled,
+        home=home,
+        hidden=hidden,
+        ranks=ranks,
     )
     matrices = {}
     for i, block in enumerate(groups):
@@ -108,14 +120,17 @@ def outlier_shares(
     *,
     home: Home | None = None,
     hidden: Activations | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, float]:
     """By its number, the `outlier_share` of each block that has modules in `groups`, in one forward of the dense model."""
     model.eval()
     name, model_blocks = blocks.find_blocks(model)
     home = home or InMemory(model)
     device = device or home.device
-    ids = torch.from_numpy(calibration.input_ids.copy())
+    own = own_micro_batches(calibration, micro_batch, ranks)
+    ids = torch.from_numpy(calibration.input_ids[own.start * micro_batch : own.stop * micro_batch].copy())
     weights = torch.tensor([row.weight for row in calibration.rows], device=device).split(micro_batch)
+    weights = weights[own.start : own.stop]
     first, calls = blocks.enter(model, ids, micro_batch, device)
     hidden = (hidden or Activations("device", device)).fill(first)
     shares = {}
@@ -125,6 +140,8 @@ def outlier_shares(
                 if cancelled is not None and cancelled():
                     raise Cancelled(f"Stopped before {name}.{i}, as asked.")
                 squares = _pass(block, groups[i], hidden, [of_all[i] for of_all in calls], weights)
+                for of_matrix in squares.values():
+                    ranks.add_up(of_matrix)
                 if groups[i]:
                     shares[i] = _checked(outlier_share(_with_squares(groups[i], squares)), f"{name}.{i}")
             finally:

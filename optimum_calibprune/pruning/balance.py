@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..records import CalibrationSet
 from .hessian import Hessian
+from .ranks import ALONE, Ranks
 from .sparsegpt import Solution, Target, relative_error, solve
 
 
@@ -64,6 +65,10 @@ class Balance:
             [row.weight for row, n in zip(rows, number, strict=True) if n == g] for g in range(max(number) + 1)
         ]
         return cls(calibration.normalise, tuple(sum(w) / len(w) for w in by_group), tuple(batches))
+
+    def part(self, micro_batches: range) -> Balance:
+        """The same for some of the micro-batches, which are counted anew."""
+        return replace(self, batches=self.batches[micro_batches.start : micro_batches.stop])
 
     def empty(self, columns: int, device: torch.device) -> list[Hessian]:
         """The Hessians of one input, before anything has arrived."""
@@ -121,9 +126,12 @@ class Arrived:
         """Adds some of its tokens, see `Balance.add_rows`."""
         self.finite.append(self.balance.add_rows(self.hessians, micro_batch, x, samples))
 
-    def not_finite_from(self) -> tuple[int, int]:
-        """The micro-batch, and in it the sample, after which the Hessians were not finite."""
-        micro_batch = int((~torch.stack(self.finite)).nonzero()[0])
+    def not_finite_from(self) -> tuple[int, int] | None:
+        """The micro-batch, and in it the sample, after which the Hessians were not finite; None where they were."""
+        bad = (~torch.stack(self.finite)).nonzero()
+        if not len(bad):
+            return None
+        micro_batch = int(bad[0])
         x, samples = self.again(micro_batch)
         largest = x.abs().amax(dim=1)  # NaN where a token holds one
         bad = (~largest.isfinite()).nonzero().flatten()
@@ -141,6 +149,7 @@ def improve_worst(
     method: str = "sparsegpt",
     damping: float = 0.01,
     rounds: int = ROUNDS,
+    ranks: Ranks = ALONE,
 ) -> Solution:
     """Prunes one weight matrix so that the group that loses most loses as little as can be found.
 
@@ -168,7 +177,8 @@ def improve_worst(
             break
         factors = [max(LEAST_FACTOR, error / worst) ** STEP for error in errors]
         current = [weight * factor for weight, factor in zip(current, factors, strict=True)]
-        solution = solve(W, Hessian.balanced(hessians, current), target, method=method, damping=damping)
+        balanced = Hessian.balanced(hessians, current)
+        solution = solve(W, balanced, target, method=method, damping=damping, ranks=ranks)
         errors = errors_of(solution)
         if max(errors) < least:
             best, least = solution, max(errors)

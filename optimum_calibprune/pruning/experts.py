@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..records import LayerReport
 from .balance import Arrived, Balance
+from .ranks import ALONE, Ranks
 from .stops import Experts
 
 
@@ -61,22 +62,55 @@ class Routed:
         return arrived
 
     def solve_in_turn(
-        self, solve: Solve, *, dense: bool, ask: Callable[[str], None] = lambda name: None
+        self,
+        solve: Solve,
+        *,
+        dense: bool,
+        ask: Callable[[str], None] = lambda name: None,
+        ranks: Ranks = ALONE,
     ) -> Iterator[LayerReport]:
         """Prunes every expert: what reads its inputs first, then what reads the result, of the pruned weights or, as the
         two-pass scheme has it, of the `dense` ones. `ask` is told the name of each expert before its turn.
+
+        Of several `ranks` each solves one expert of a round, for what all of them were sent.
         """
-        experts, total = self.experts, sum(map(len, self.x))
-        for expert, sent in enumerate(self.tokens()):
-            ask(f"{experts.name}.{expert}")
-            inputs, columns = experts.pruned(expert), (_columns(experts.first(expert)), _columns(experts.last(expert)))
-            starved = [sent < least_tokens(total, each) for each in columns]
-            wanted = [i for i in range(2) if inputs[i]]
-            before = {i: self.arrive(expert, starved[i], between=i == 1) for i in wanted} if dense else {}
-            for i in wanted:
-                arrived = before[i] if dense else self.arrive(expert, starved[i], between=i == 1)
-                for report in solve(inputs[i], arrived):
-                    yield replace(report, routed=sent, starved=starved[i])
+        counts = torch.tensor([*self.tokens(), sum(map(len, self.x))], device=self.x[0].device)
+        ranks.add_up(counts)
+        *sent, total = counts.tolist()
+        for start in range(0, self.experts.count, ranks.size):
+            turn = range(start, min(start + ranks.size, self.experts.count))
+            for expert in turn:
+                ask(f"{self.experts.name}.{expert}")
+            wanted = [part for part in range(2) if any(self.experts.pruned(expert)[part] for expert in turn)]
+            before = {part: self._own(turn, part, sent, total, ranks) for part in wanted} if dense else {}
+            reports: list[LayerReport] = []
+            for part in wanted:
+                arrived = before[part] if dense else self._own(turn, part, sent, total, ranks)
+                if ranks.rank < len(turn) and arrived is not None:
+                    own = turn[ranks.rank]
+                    starved = self._starved(own, part, sent, total)
+                    found = solve(self.experts.pruned(own)[part], arrived)
+                    reports += [replace(report, routed=sent[own], starved=starved) for report in found]
+                for owner, expert in enumerate(turn):
+                    for W in self.experts.pruned(expert)[part].values():
+                        ranks.send(W, source=owner)
+            for of_rank in ranks.everywhere(reports):
+                yield from of_rank
+
+    def _own(self, turn: range, part: int, sent: list[int], total: int, ranks: Ranks) -> Arrived | None:
+        """Of the experts in `turn` that of this rank: what all ranks bring to its first input, or to the one behind it."""
+        own = None
+        for owner, expert in enumerate(turn):
+            if not self.experts.pruned(expert)[part]:
+                continue
+            arrived = self.arrive(expert, self._starved(expert, part, sent, total), between=part == 1)
+            ranks.add_up_hessians(arrived.hessians, to=owner)
+            own = arrived if owner == ranks.rank else own
+        return own
+
+    def _starved(self, expert: int, part: int, sent: list[int], total: int) -> bool:
+        matrices = self.experts.last(expert) if part else self.experts.first(expert)
+        return sent[expert] < least_tokens(total, _columns(matrices))
 
 
 def _columns(matrices: dict[str, Tensor]) -> int:

@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..records import LayerReport
 from .activations import Activations
 from .checkpoint import Checkpoint, committed, write_shard
+from .ranks import ALONE, Ranks
 
 
 MANIFEST = "manifest.json"
@@ -33,35 +34,55 @@ class Journal:
         folder: new or empty, or with `resume` that of a run which stopped.
         identity: all that decides the result; a run goes on only where nothing of it has changed.
         blocks: how many there are.
+        ranks: the processes that prune together. The first one writes; each keeps its own hidden states.
 
     Raises:
         `FileExistsError` where the folder holds something and `resume` was not asked for; `FileNotFoundError` where there is
         nothing to resume; `ValueError` that says what differs where the run in the folder is another one.
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any], blocks: int, *, resume: bool = False) -> None:
-        self.folder, self.blocks = Path(folder), blocks
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: Mapping[str, Any],
+        blocks: int,
+        *,
+        resume: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.folder, self.blocks, self.ranks = Path(folder), blocks, ranks
         self.done, self.outside, self.earlier = 0, False, 0.0
         self._started = time.perf_counter()
-        self._identity = json.loads(json.dumps(identity))
-        self._layout: dict[str, Any] = {}
-        manifest = self.folder / MANIFEST
-        for left in self.folder.glob(".*.new"):  # by a run that was killed while it wrote
-            left.unlink()
+        self._identity = json.loads(json.dumps({**identity, "processes": ranks.size}))
+        self._layouts: list[dict[str, Any]] = []
         if resume:
-            if not manifest.is_file():
-                raise FileNotFoundError(f"There is no run to resume in {self.folder}: it has no {MANIFEST}.")
-            self._take_up(json.loads(manifest.read_text(encoding="utf-8")))
-            return
-        if self.folder.exists() and any(self.folder.iterdir()):
-            what = (
-                "an unfinished run; go on with it by --resume (resume=True)" if manifest.is_file() else "other files"
-            )
-            raise FileExistsError(f"{self.folder} holds {what}, or remove the folder, or name another one.")
+            self._take_up()
+        elif ranks.first:
+            self._begin()
+        ranks.wait()
+
+    def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if set(self.folder.iterdir()) - set(self._unfinished()):
+            unfinished = (self.folder / MANIFEST).is_file()
+            what = "an unfinished run; go on with it by --resume (resume=True)" if unfinished else "other files"
+            raise FileExistsError(f"{self.folder} holds {what}, or remove the folder, or name another one.")
+        self._tidy()
         self._commit()
 
-    def _take_up(self, found: dict[str, Any]) -> None:
+    def _unfinished(self) -> list[Path]:
+        """Files that were being written when a run was killed."""
+        return list(self.folder.glob(".*.new"))
+
+    def _tidy(self) -> None:
+        for left in self._unfinished():
+            left.unlink()
+
+    def _take_up(self) -> None:
+        manifest = self.folder / MANIFEST
+        if not manifest.is_file():
+            raise FileNotFoundError(f"There is no run to resume in {self.folder}: it has no {MANIFEST}.")
+        found = json.loads(manifest.read_text(encoding="utf-8"))
         if found["schema"] != SCHEMA:
             raise ValueError(f"{self.folder} was written by another version of this library; start the run again.")
         then = found["identity"]
@@ -69,8 +90,10 @@ class Journal:
         if differing:
             raise self._another(differing)
         self._identity = then
-        self.done, self.outside, self._layout = found["done"], found["outside"], found["layout"]
+        self.done, self.outside, self._layouts = found["done"], found["outside"], found["layouts"]
         self.earlier = found["seconds"]
+        if self.ranks.first:
+            self._tidy()
 
     def _another(self, differing: list[str]) -> ValueError:
         return ValueError(
@@ -84,7 +107,8 @@ class Journal:
             raise self._another([f"{name} was {_short(self._identity[name])} and is {_short(value)}"])
         if name not in self._identity:
             self._identity[name] = value
-            self._commit()
+            if self.ranks.first:
+                self._commit()
 
     # ---------------------------------------------------------------------------------------- stages
 
@@ -109,23 +133,27 @@ class Journal:
 
     def commit_outside(self, state: Mapping[str, Tensor]) -> None:
         """Keeps what is no block, which is not changed."""
-        write_shard(self.shard(-1), state)
         self.outside = True
-        self._commit()
+        if self.ranks.first:
+            write_shard(self.shard(-1), state)
+            self._commit()
 
     def commit(
         self, block: int, state: Mapping[str, Tensor], hidden: Activations, reports: Sequence[LayerReport]
     ) -> None:
         """Keeps a finished block, its reports, and what it hands on to the next one."""
         assert block == self.done, "blocks are finished in their order"
-        write_shard(self.shard(block), state)
-        self.keep(f"reports-{block:05d}", json.dumps([report.to_dict() for report in reports]))
-        if block + 1 < self.blocks:
-            hidden.save(self._hidden(block + 1))
-            self._layout = hidden.layout
         self.done = block + 1
-        self._commit()
-        self._hidden(block).unlink(missing_ok=True)
+        if self.done < self.blocks:
+            hidden.save(self.hidden_states(self.done))
+        layouts = self.ranks.everywhere(hidden.layout)
+        if self.ranks.first:
+            self._layouts = layouts
+            write_shard(self.shard(block), state)
+            self.keep(f"reports-{block:05d}", json.dumps([report.to_dict() for report in reports]))
+            self._commit()
+        self.ranks.wait()
+        self.hidden_states(block).unlink(missing_ok=True)
 
     def reports(self, block: int) -> tuple[LayerReport, ...]:
         """Of a finished block."""
@@ -133,9 +161,14 @@ class Journal:
         assert text is not None
         return tuple(LayerReport.from_dict(report) for report in json.loads(text))
 
-    def hidden(self, empty: Activations) -> Activations:
+    def take_up(self, empty: Activations) -> Activations:
         """What enters the next block; to be called where a block is finished and another is not."""
-        return empty.load(self._hidden(self.done), self._layout["shapes"], self._layout["dtype"])
+        layout = self._layouts[self.ranks.rank]
+        return empty.load(self.hidden_states(self.done), layout["shapes"], layout["dtype"])
+
+    def hidden_states(self, block: int) -> Path:
+        """The file of this rank's hidden states that enter a block."""
+        return self.folder / f"hidden-states-{block:05d}.{self.ranks.rank}.bin"
 
     def save(self, folder: Path, model: PreTrainedModel) -> None:
         """Writes the checkpoint, all of whose blocks are finished, to `folder`; on the same disk it takes no room."""
@@ -158,16 +191,13 @@ class Journal:
         """Removes the folder, when all that is in it has been saved elsewhere."""
         shutil.rmtree(self.folder)
 
-    def _hidden(self, block: int) -> Path:
-        return self.folder / f"hidden-states-{block:05d}.bin"
-
     def _commit(self) -> None:
         found = {
             "schema": SCHEMA,
             "identity": self._identity,
             "done": self.done,
             "outside": self.outside,
-            "layout": self._layout,
+            "layouts": self._layouts,
             "seconds": self.earlier + time.perf_counter() - self._started,
         }
         text = json.dumps(found, indent=1) + "\n"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .hessian import NotFinite
 from .homes import OUTSIDE, Home, InMemory, part_state
 from .journal import Journal
 from .memory import free_memory, give_back
+from .ranks import ALONE, Ranks
 from .sparsegpt import Solution, Target, solve_together
 from .stops import Experts, Stop, matrix
 
@@ -95,6 +97,7 @@ def prune_blocks(
     home: Home | None = None,
     device: torch.device | None = None,
     journal: Journal | None = None,
+    ranks: Ranks = ALONE,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[LayerReport, ...]]:
@@ -107,6 +110,8 @@ def prune_blocks(
         home: where the blocks are (default: in memory); from elsewhere than `device` they are brought one at a time.
         journal: keeps each block as soon as it is finished; the walk begins behind those that it holds, and yields
             their reports first.
+        ranks: the processes that do this together, each with a part of the samples and of the solves; all of them have
+            the pruned model in the end.
         on_progress: called with (modules done, modules in all, name of the module).
         cancelled: asked before each group of modules; True raises `Cancelled`.
 
@@ -128,12 +133,12 @@ def prune_blocks(
         return
     if journal is not None and not journal.outside:
         journal.commit_outside(part_state(model, OUTSIDE))
-    step = settings.micro_batch
-    ids = torch.from_numpy(calibration.input_ids.copy())
-    balance = Balance.of(calibration, step, device)
+    step, own = settings.micro_batch, own_micro_batches(calibration, settings.micro_batch, ranks)
+    ids = torch.from_numpy(calibration.input_ids[own.start * step : own.stop * step].copy())
+    balance = Balance.of(calibration, step, device).part(own)
     first, calls = blocks.enter(model, ids, step, device)
-    hidden = Activations(settings.activations, device, journal.folder if journal is not None else None)
-    hidden = hidden.fill(first) if start == 0 or journal is None else journal.hidden(hidden)
+    hidden = Activations(settings.activations, device, journal.hidden_states(start) if journal is not None else None)
+    hidden = hidden.fill(first) if start == 0 or journal is None else journal.take_up(hidden)
     resident = settings.resident
     if resident is None:
         resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
@@ -149,6 +154,8 @@ def prune_blocks(
                 step=step,
                 resident=min(resident, len(hidden)),
                 settings=settings,
+                first=own.start * step,
+                ranks=ranks,
                 frugal=home.streamed,
             )
             try:
@@ -164,6 +171,17 @@ def prune_blocks(
                 walk.drop()
                 home.put_back(i)
             yield counted
+
+
+def own_micro_batches(calibration: CalibrationSet, micro_batch: int, ranks: Ranks) -> range:
+    """Which micro-batches are this rank's."""
+    count = math.ceil(len(calibration.rows) / micro_batch)
+    if count < ranks.size:
+        raise ValueError(
+            f"{len(calibration.rows)} samples in micro-batches of {micro_batch} are {count} for {ranks.size} processes; each "
+            "needs one. Launch fewer of them, or choose a smaller micro-batch."
+        )
+    return ranks.part(count)
 
 
 def _taken_up(journal: Journal, home: Home, i: int) -> tuple[LayerReport, ...]:
@@ -192,7 +210,7 @@ class _Counted:
 
 @dataclass
 class _BlockWalk:
-    """One block: its micro-batches, of which the first `resident` wait at the gates while the others are replayed. A
+    """One block, and this rank's micro-batches, whose samples are counted from `first` on. Of them the first `resident` wait at the gates while the others are replayed. A
     `frugal` one gives what it no longer uses back to the system before it goes on and before it solves."""
 
     block: nn.Module
@@ -204,6 +222,8 @@ class _BlockWalk:
     step: int
     resident: int
     settings: Settings
+    first: int
+    ranks: Ranks
     frugal: bool = False
     waiting: list[Forward] = field(default_factory=list, init=False)
 
@@ -225,17 +245,18 @@ class _BlockWalk:
             if self.frugal:
                 give_back()
             if isinstance(arrived, Routed):
-                yield from arrived.solve_in_turn(self._solve, dense=two_passes, ask=ask)
+                yield from arrived.solve_in_turn(self._solve, dense=two_passes, ask=ask, ranks=self.ranks)
             else:
-                yield from self._solve(stop.matrices, arrived)
+                self.ranks.add_up_hessians(arrived.hessians)
+                yield from self._solve(stop.matrices, arrived, self.ranks)
 
-    def _solve(self, matrices: dict[str, Tensor], arrived: Arrived) -> Iterator[LayerReport]:
-        """Prunes matrices `[rows, columns]` of one input in place."""
+    def _solve(self, matrices: dict[str, Tensor], arrived: Arrived, ranks: Ranks = ALONE) -> Iterator[LayerReport]:
+        """Prunes matrices `[rows, columns]` of one input in place; several `ranks` have the same Hessians."""
         names, started = [f"{self.name}.{name}" for name in matrices], time.perf_counter()
         try:
-            solutions = self._solutions(names, list(matrices.values()), arrived)
+            solutions = self._solutions(names, list(matrices.values()), arrived, ranks)
         except NotFinite as error:
-            raise ValueError(self._not_finite(names[0], arrived)) from error
+            raise ValueError(self._not_finite(names[0], arrived, ranks)) from error
         seconds = time.perf_counter() - started
         rows = sum(map(len, matrices.values()))
         for name, weight, solution in zip(names, matrices.values(), solutions, strict=True):
@@ -332,25 +353,29 @@ class _BlockWalk:
             rows = x.flatten(0, -2)
         return rows, torch.arange(len(rows), device=rows.device) // (len(rows) // self.hidden.samples(i))
 
-    def _not_finite(self, name: str, arrived: Arrived) -> str:
+    def _not_finite(self, name: str, arrived: Arrived, ranks: Ranks) -> str:
         """Names the module, and the first sample after which its Hessian was not finite."""
-        micro_batch, sample = arrived.not_finite_from()
+        found = arrived.not_finite_from()
+        here = None if found is None else self.first + found[0] * self.step + found[1]
+        known = [sample for sample in ranks.everywhere(here) if sample is not None]
+        where = f"calibration sample {known[0]}" if known else "the calibration samples of another process"
         return (
-            f"{name} receives NaN, infinity or values whose squares overflow from calibration sample "
-            f"{micro_batch * self.step + sample}. The model overflows on it in this dtype; try dtype='bfloat16' or "
-            "'float32', or leave the sample out."
+            f"{name} receives NaN, infinity or values whose squares overflow from {where}. The model overflows on it in this "
+            "dtype; try dtype='bfloat16' or 'float32', or leave the sample out."
         )
 
-    def _solutions(self, names: Sequence[str], weights: Sequence[Tensor], arrived: Arrived) -> list[Solution]:
+    def _solutions(
+        self, names: Sequence[str], weights: Sequence[Tensor], arrived: Arrived, ranks: Ranks
+    ) -> list[Solution]:
         method, damping = self.settings.method, self.settings.damping
         targets = [self.settings.target_of(name) for name in names]
         hessian = self.balance.combine(arrived.hessians)
-        solutions = solve_together(weights, hessian, targets, method=method, damping=damping, names=names)
+        solutions = solve_together(weights, hessian, targets, method=method, damping=damping, names=names, ranks=ranks)
         if self.balance.normalise != "minimax":
             return solutions
         shares = self.balance.weights
         return [
-            improve_worst(W, first, arrived.hessians, shares, target, method=method, damping=damping)
+            improve_worst(W, first, arrived.hessians, shares, target, method=method, damping=damping, ranks=ranks)
             for W, first, target in zip(weights, solutions, targets, strict=True)
         ]
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..records import SparsityPattern
 from .hessian import Hessian, NotFactored
 from .kernels import Kernels, reference
 from .kernels.precision import full_precision
+from .ranks import ALONE, Ranks
 from .triangular import quadratic_form, spans
 
 
@@ -38,9 +40,17 @@ class Solution:
     rescue: str
 
 
-def solve(W: Tensor, H: Hessian, target: Target, *, method: str = "sparsegpt", damping: float = 0.01) -> Solution:
+def solve(
+    W: Tensor,
+    H: Hessian,
+    target: Target,
+    *,
+    method: str = "sparsegpt",
+    damping: float = 0.01,
+    ranks: Ranks = ALONE,
+) -> Solution:
     """Prunes one weight matrix `[rows, columns]` to its target; see `solve_together`."""
-    return solve_together([W], H, target, method=method, damping=damping)[0]
+    return solve_together([W], H, target, method=method, damping=damping, ranks=ranks)[0]
 
 
 @torch.no_grad()
@@ -52,10 +62,12 @@ def solve_together(
     method: str = "sparsegpt",
     damping: float = 0.01,
     names: Sequence[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Solution]:
     """Prunes the weight matrices `[rows, columns]` that read the same input, each to its target, or all to one; what was
     given is left as it was. Those without n:m are solved in one sweep, and so are those of one n:m. For each of these sweeps
-    the host waits for the device twice: for the factor, and for the numbers of the solutions.
+    the host waits for the device twice: for the factor, and for the numbers of the solutions. Where several `ranks` are given
+    the same, each solves a part of the rows, and all have the solutions.
 
     Raises `ValueError`, with the names of the matrices where they are given, for weights that are not finite, before or
     after; for columns that m does not divide; and for a Hessian that is empty, not finite (`NotFinite`), or cannot be
@@ -66,7 +78,7 @@ def solve_together(
     solutions: dict[int, Solution] = {}
     for alike in _alike(several):
         of_these = ([of_all[i] for i in alike] for of_all in (weights, several, names))
-        solutions |= zip(alike, _solve_alike(*of_these, H, method, damping), strict=True)
+        solutions |= zip(alike, _solve_alike(*of_these, H, method, damping, ranks), strict=True)
     return [solutions[i] for i in range(len(weights))]
 
 
@@ -90,6 +102,7 @@ def _solve_alike(
     H: Hessian,
     method: str,
     damping: float,
+    ranks: Ranks,
 ) -> list[Solution]:
     columns, (_, m) = weights[0].shape[1], _n_of_m(targets[0])
     together = f"{', '.join(names)}: " if names[0] else ""
@@ -97,12 +110,14 @@ def _solve_alike(
         raise ValueError(f"{together}{columns} columns are not divisible by m = {m} of the pattern {targets[0]}.")
     with full_precision():
         try:
-            answer = METHODS[method](weights, H, targets, damping)
+            answer = METHODS[method](weights, H, targets, damping, ranks)
         except NotFactored as error:
             raise ValueError(f"{together}{error}") from error
-        tensors = zip(weights, answer.weights, answer.masks, strict=True)
-        numbers = torch.stack([_numbers(*of_one, answer.dead, H) for of_one in tensors]).tolist()
-    parts = zip(names, answer.weights, answer.masks, numbers, strict=True)
+        own = _Rows.of([len(weight) for weight in weights], ranks).of_each
+        tensors = zip(own, weights, answer.weights, answer.masks, strict=True)
+        numbers = torch.stack([_numbers(*of_one, answer.dead, H) for of_one in tensors])
+        ranks.add_up(numbers[:, FINITE:])
+    parts = zip(names, answer.weights, answer.masks, numbers.tolist(), strict=True)
     return [_solution(name, weight, mask, of_one, answer) for name, weight, mask, of_one in parts]
 
 
@@ -119,6 +134,27 @@ class _Answer:
     dead: Tensor | None = None
     damping: float = 0.0
     rescue: str = ""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which of the rows of several matrices, one below the other, are solved by this rank: `start` to `stop`, with rows of
+    zeros up to `height`, which is the same on all ranks; and `of_each` matrix, which rows of it these are."""
+
+    total: int
+    height: int
+    start: int
+    stop: int
+    of_each: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[int], ranks: Ranks) -> _Rows:
+        total = sum(rows)
+        height = -(-total // ranks.size)
+        start, stop = (min(total, height * rank) for rank in (ranks.rank, ranks.rank + 1))
+        ends = list(accumulate(rows))
+        inside = [(max(start, end - n) - end + n, min(stop, end) - end + n) for n, end in zip(rows, ends, strict=True)]
+        return cls(total, height, start, stop, tuple(slice(a, max(a, b)) for a, b in inside))
 
 
 def zeros_in_parts(target: Target, method: str, rows: int, columns: int) -> list[int]:
@@ -139,27 +175,41 @@ def zeros_in_parts(target: Target, method: str, rows: int, columns: int) -> list
     return [share + (i < left) for i, share in enumerate(shares)]
 
 
-def _sparsegpt(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
+def _sparsegpt(
+    weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float, ranks: Ranks
+) -> _Answer:
     """SparseGPT (Frantar and Alistarh 2023): windows of columns; within each, the weights of every matrix with the
     smallest w^2 / U_jj^2 go, and their errors are moved into the columns to the right.
 
     The order is that of |w| / U_jj, which is what is compared: squares of small weights would underflow into ties.
+
+    Of several ranks each sweeps its part of all rows; what goes in a window is chosen among all of them.
     """
     factor = H.factor(damping)
-    W = _columns_of(weights, factor.U.dtype)
+    rows = [len(weight) for weight in weights]
+    W = _columns_of(weights, factor.U.dtype, _Rows.of(rows, ranks))
     if factor.dead is not None:
         W.masked_fill_(factor.dead[:, None], 0.0)
-    rows = [len(weight) for weight in weights]
-    mask = sweep_windows_(W, factor.U, targets, rows, H.kernels)
+    mask = sweep_windows_(W, factor.U, targets, rows, H.kernels, ranks)
     how = factor.dead, factor.damping, factor.rescue
     del factor  # its square makes room for the new weights
+    if ranks.size > 1:
+        W = ranks.gather(_stored(W, weights[0].dtype))[: sum(rows)].t()
+        mask = ranks.gather(mask.to(torch.uint8), dim=1)[:, : sum(rows)].bool()
     new = [_stored(part, weight.dtype) for part, weight in zip(W.split(rows, dim=1), weights, strict=True)]
     return _Answer(new, [part.t() for part in mask.split(rows, dim=1)], *how)
 
 
-def sweep_windows_(W: Tensor, U: Tensor, targets: Sequence[Target], rows: Sequence[int], kernels: Kernels) -> Tensor:
+def sweep_windows_(
+    W: Tensor,
+    U: Tensor,
+    targets: Sequence[Target],
+    rows: Sequence[int],
+    kernels: Kernels,
+    ranks: Ranks = ALONE,
+) -> Tensor:
     """Prunes W `[columns, rows]` in place, the `rows` of several matrices side by side, each to its target, which are all
-    unstructured or all of one n:m; returns the mask of its shape.
+    unstructured or all of one n:m; returns the mask of its shape. Of several ranks each has its part of the rows (`_Rows`).
 
     A window's errors are moved into the other windows of its panel at once, and into the columns behind the panel
     together with those of the panel's other windows: as one product that is four times as deep, which is faster.
@@ -177,7 +227,7 @@ def sweep_windows_(W: Tensor, U: Tensor, targets: Sequence[Target], rows: Sequen
             new, removed, own = W[window].t(), mask[window].t(), U[window, window]
             if not m:
                 of_window = [of_matrix[window.start // width] for of_matrix in counts]
-                kernels.select_(removed, new, own.diagonal(), rows, of_window)
+                _select_among_all(removed, new, own.diagonal(), rows, of_window, kernels, ranks)
             kernels.sweep_(new, of_panel[inside].t(), removed, own, n, m)
             rest = slice(window.stop, panel.stop)
             if rest.start < rest.stop:
@@ -187,12 +237,35 @@ def sweep_windows_(W: Tensor, U: Tensor, targets: Sequence[Target], rows: Sequen
     return mask
 
 
-def _columns_of(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The matrices `[rows, columns]` as `[columns, rows]` side by side: a column is one run of memory."""
-    W = weights[0].new_empty(weights[0].shape[1], sum(len(weight) for weight in weights), dtype=dtype)
+def _select_among_all(
+    removed: Tensor,
+    new: Tensor,
+    diagonal: Tensor,
+    rows: Sequence[int],
+    counts: Sequence[int],
+    kernels: Kernels,
+    ranks: Ranks,
+) -> None:
+    """`kernels.select_` for a window `[rows, width]` of which each rank has some rows."""
+    if ranks.size == 1:
+        kernels.select_(removed, new, diagonal, rows, counts)
+        return
+    here = _Rows.of(rows, ranks)
+    everywhere = ranks.gather(new.t(), dim=1)[:, : here.total].t()
+    chosen = torch.empty_like(everywhere, dtype=torch.bool)
+    kernels.select_(chosen, everywhere, diagonal, rows, counts)
+    removed.fill_(False)
+    removed[: here.stop - here.start] = chosen[here.start : here.stop]
+
+
+def _columns_of(weights: Sequence[Tensor], dtype: torch.dtype, here: _Rows) -> Tensor:
+    """The matrices `[rows, columns]` as `[columns, rows]` side by side: a column is one run of memory. Only the rows that
+    are solved here, and rows of zeros up to their `height`."""
+    W = weights[0].new_empty(weights[0].shape[1], here.height, dtype=dtype)
+    W[:, here.stop - here.start :] = 0.0
     start = 0
-    for weight in weights:
-        for part in weight.split(_rows_at_once(W.device)):
+    for weight, own in zip(weights, here.of_each, strict=True):
+        for part in weight[own].split(_rows_at_once(W.device)):
             W[:, start : start + len(part)] = part.t().contiguous()
             start += len(part)
     return W
@@ -211,14 +284,16 @@ def _rows_at_once(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 2048
 
 
-def _wanda(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
+def _wanda(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float, ranks: Ranks) -> _Answer:
     """Wanda (Sun et al. 2023): |w| times the norm of its input, compared within each output row; nothing is updated."""
     norms = H.diagonal.sqrt()
     masks = [_by_score("wanda", W.abs() * norms, target) for W, target in zip(weights, targets, strict=True)]
     return _Answer(_masked(weights, masks), masks, norms == 0)
 
 
-def _magnitude(weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float) -> _Answer:
+def _magnitude(
+    weights: Sequence[Tensor], H: Hessian, targets: Sequence[Target], damping: float, ranks: Ranks
+) -> _Answer:
     """|w|, compared within the whole matrix (Han et al. 2015); nothing is updated."""
     H.check()
     masks = [_by_score("magnitude", W.abs(), target) for W, target in zip(weights, targets, strict=True)]
@@ -246,10 +321,14 @@ METHODS = {"sparsegpt": _sparsegpt, "wanda": _wanda, "magnitude": _magnitude}
 # -------------------------------------------------------------------------------------------- solutions
 
 
-def _numbers(W: Tensor, weight: Tensor, mask: Tensor, dead: Tensor | None, H: Hessian) -> Tensor:
-    """What the host wants to know of one matrix, in the order in which `_solution` reads it, in float64 on the device."""
+FINITE = 2  # numbers that are of the whole matrix; those behind them are added up over the ranks
+
+
+def _numbers(own: slice, W: Tensor, weight: Tensor, mask: Tensor, dead: Tensor | None, H: Hessian) -> Tensor:
+    """What the host wants to know of one matrix, in the order in which `_solution` reads it, in float64 on the device: of
+    its rows in `own`, but whether it is `FINITE`."""
     counts = torch.zeros(4, dtype=torch.int64, device=W.device)
-    for span in spans(len(W), _rows_at_once(W.device)):
+    for span in _spans_of(own, _rows_at_once(W.device)):
         removed = mask[span].t()  # [columns, rows], as it lies in memory
         zero = (weight[span] == 0).t().contiguous()
         extra = zero & ~removed
@@ -257,7 +336,11 @@ def _numbers(W: Tensor, weight: Tensor, mask: Tensor, dead: Tensor | None, H: He
         counts += torch.stack([which.count_nonzero() for which in (removed, zero, extra, in_dead)])
     ends = torch.stack([end.double() for tensor in (W, weight) for end in _ends(tensor)])  # NaN where there is one
     finite = ends.isfinite().view(2, 2).all(dim=1)
-    return torch.cat([finite.double(), counts.double(), torch.stack(_energies(W, weight, H))])
+    return torch.cat([finite.double(), counts.double(), torch.stack(_energies(W, weight, H, own))])
+
+
+def _spans_of(rows: slice, width: int) -> Iterator[slice]:
+    return (slice(rows.start + span.start, rows.start + span.stop) for span in spans(rows.stop - rows.start, width))
 
 
 def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,18 +375,19 @@ def _solution(name: str, weight: Tensor, mask: Tensor, numbers: Sequence[float],
 def relative_error(W: Tensor, weight: Tensor, H: Hessian) -> float:
     """tr(D H D^T) / tr(W H W^T) with D = `weight` - `W`, both `[rows, columns]`; 0 where W H W^T is zero."""
     with full_precision():
-        change, energy = torch.stack(_energies(W, weight, H)).tolist()
+        change, energy = torch.stack(_energies(W, weight, H, slice(0, len(W)))).tolist()
     return change / energy if energy > 0 else 0.0
 
 
-def _energies(W: Tensor, weight: Tensor, H: Hessian) -> tuple[Tensor, Tensor]:
-    """tr(D H D^T) and tr(W H W^T), in units in which neither the weights nor H are tiny or huge."""
+def _energies(W: Tensor, weight: Tensor, H: Hessian, own: slice) -> tuple[Tensor, Tensor]:
+    """What the rows in `own` give to tr(D H D^T) and tr(W H W^T), in units in which neither the weights nor H are tiny or
+    huge."""
     lowest, highest = (end.to(H.sum.dtype) for end in _ends(W))
     scale = torch.maximum(highest, -lowest) * H.sum.diagonal().max().sqrt()
     change, energy = H.sum.new_zeros(2, dtype=torch.float64)
-    at_once = min(len(W), _rows_at_once(W.device))
+    at_once = min(own.stop - own.start, _rows_at_once(W.device))
     both = H.sum.new_empty(2, W.shape[1], at_once)  # [columns, rows], used again for all rows
-    for span in spans(len(W), at_once):
+    for span in _spans_of(own, max(1, at_once)):
         dense, difference = both[:, :, : span.stop - span.start]
         dense.copy_(W[span].t().contiguous())
         difference.copy_(weight[span].t().contiguous()).sub_(dense).div_(scale)

@@ -547,11 +547,11 @@ def test_an_interrupt_leaves_no_hook_and_no_waiting_forward(sequential: str, res
 @pytest.mark.parametrize("resident", [None, 0])
 def test_an_interrupt_inside_a_block_arrives_at_the_caller(resident: int | None) -> None:
     model = tiny()
-    groups, down = blocks.find_groups(model), model.model.layers[1].mlp.down_proj
+    groups, gate = blocks.find_groups(model), model.model.layers[1].mlp.gate_proj
 
     generator = prune_blocks(model, calibration(), replace(SETTINGS, resident=resident), groups=groups)
     next(generator)
-    handle = down.register_forward_hook(interrupt)
+    handle = gate.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(generator)
     handle.remove()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that prune one model together, each with its part of the samples and of every solve; or one process alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .hessian import Hessian
+
+
+T = TypeVar("T")
+GRACE = 2.0  # seconds
+PATIENCE = timedelta(days=1)  # how long a rank waits for another, which may be measuring the model meanwhile
+
+
+class RankLost(RuntimeError):
+    """This rank ends because another one has; where that one has `told` why, nothing is left to say."""
+
+    told = False
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among `size` processes of `torch.distributed`, which call each method here at the same time."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """Joins the processes that torchrun or accelerate has launched, where it has launched several."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
+            _STORES.append(store)
+        return cls.current()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    def part(self, count: int) -> range:
+        """Which of `count` things are this rank's: as many as another's, or one more or less, and in one run."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Of an error that ends several ranks only one is raised as it is; the others raise `RankLost`."""
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            lost = isinstance(error, RankLost)
+            if lost:
+                time.sleep(GRACE)  # for the rank that knows why
+            if self._speaks():
+                raise
+            quiet = error if isinstance(error, RankLost) else RankLost("another rank met the same error")
+            quiet.told = True
+            raise quiet from error
+
+    def _speaks(self) -> bool:
+        """Whether no other rank has spoken before; without a store, which is the launcher's, the first one does."""
+        if not _STORES:
+            return self.first
+        try:
+            return _STORES[0].add("calibprune/spoken", 1) == 1
+        except RuntimeError:  # the store has ended, too
+            return self.first
+
+    def wait(self) -> None:
+        """For all ranks to come here."""
+        if self.size > 1:
+            with _lost():
+                dist.barrier()
+
+    def once(self, compute: Callable[[], T]) -> T:
+        """What `compute` gives on the first rank, on all of them."""
+        if self.size == 1:
+            return compute()
+        found = [compute() if self.first else None]
+        with _lost():
+            dist.broadcast_object_list(found, src=0)
+        return found[0]  # type: ignore[return-value]
+
+    def everywhere(self, value: T) -> list[T]:
+        """What each rank has given, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _lost():
+            dist.all_gather_object(found, value)
+        return found
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replaces it by the sum over the ranks."""
+        if self.size > 1:
+            with _lost():
+                dist.all_reduce(tensor)
+
+    def add_up_hessians(self, hessians: Sequence[Hessian], to: int | None = None) -> None:
+        """Makes each the Hessian of all ranks' tokens: everywhere, or on one rank (elsewhere it is of no use then)."""
+        if self.size == 1:
+            return
+        with _lost():
+            for hessian in hessians:
+                tokens = torch.tensor(hessian.tokens, dtype=torch.float64, device=hessian.sum.device)
+                for tensor in (hessian.sum, tokens):
+                    dist.all_reduce(tensor) if to is None else dist.reduce(tensor, dst=to)
+                hessian.tokens = float(tokens)
+
+    def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The ranks' tensors, which have one shape, side by side."""
+        if self.size == 1:
+            return tensor
+        own = tensor.contiguous()
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with _lost():
+            dist.all_gather(found, own)
+        return torch.cat(found, dim=dim)
+
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Replaces it by that of the rank `source`; any strides."""
+        if self.size == 1:
+            return
+        whole = tensor.contiguous()
+        with _lost():
+            dist.broadcast(whole, src=source)
+        tensor.copy_(whole)
+
+
+ALONE = Ranks()
+_STORES: list[dist.Store] = []  # what the ranks met in; it lives in the launcher
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # a connection that was closed; torch has no class of its own for it on all backends
+        raise RankLost(f"another rank has ended ({error})") from error
