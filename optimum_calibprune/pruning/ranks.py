@@ -114,10 +114,13 @@ class Ranks:
         return found
 
     def add_up(self, tensor: Tensor) -> None:
-        """Replaces it by the sum over the ranks."""
-        if self.size > 1:
-            with _lost():
-                dist.all_reduce(tensor)
+        """Replaces it by the sum over the ranks; any strides."""
+        if self.size == 1:
+            return
+        whole = tensor.contiguous()  # what is no run of memory would be added up wrongly, without a word
+        with _lost():
+            dist.all_reduce(whole)
+        tensor.copy_(whole)
 
     def add_up_hessians(self, hessians: Sequence[Hessian], to: int | None = None) -> None:
         """Makes each the Hessian of all ranks' tokens: everywhere, or on one rank (elsewhere it is of no use then)."""
