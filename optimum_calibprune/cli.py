@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import cli_study
+from . import cli_compare, cli_study
 from .records import ALLOCATIONS, CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan, SourceProfile
 from .terminal import BAD_ARGUMENTS, FAILED, errors, interrupts, progress, quiet_libraries, say, table
 
@@ -341,6 +341,19 @@ class StudyCommand(BaseOptimumCLICommand):
             cli_study.check_failed(study)
 
 
+class CompareCommand(BaseOptimumCLICommand):
+    """Set two saved runs side by side."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        cli_compare.add_arguments(parser)
+
+    def run(self) -> None:
+        quiet_libraries()
+        with errors(BAD_ARGUMENTS):
+            cli_compare.run(self.args)
+
+
 class CalibPruneCommand(BaseOptimumCLICommand):
     """The root of the subcommands."""
 
@@ -350,5 +363,6 @@ class CalibPruneCommand(BaseOptimumCLICommand):
         CommandInfo(name="sources", help="List calibration sources.", subcommand_class=SourcesCommand),
         CommandInfo(name="mix", help="Choose a calibration set and show it.", subcommand_class=MixCommand),
         CommandInfo(name="evaluate", help="Measure a model's capabilities.", subcommand_class=EvaluateCommand),
+        CommandInfo(name="compare", help="Compare what two saved runs kept.", subcommand_class=CompareCommand),
         CommandInfo(name="study", help="Compare mixes over sparsities and seeds.", subcommand_class=StudyCommand),
     )

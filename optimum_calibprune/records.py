@@ -336,13 +336,15 @@ class Plan(Record):
 
 @dataclass(frozen=True)
 class TaskScore(Record):
-    """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing."""
+    """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `fingerprint` is
+    the SHA-256 of the items' texts in their order; it is empty in records of runs that did not keep it."""
 
     task: str
     capability: str
     metric: str
     chance: float
     item_scores: tuple[float, ...]
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.item_scores), f"Task {self.task!r} has no items.")
@@ -388,6 +390,45 @@ class CapabilityReport(Record):
     @property
     def measured(self) -> tuple[str, ...]:
         return tuple(c.capability for c in self.capabilities if c.retention is not None)
+
+
+@dataclass(frozen=True)
+class CapabilityComparison(Record):
+    """One capability of two runs; `difference` is the retention of the first minus that of the second, `interval` its 95 %
+    bootstrap interval over the items, paired between all four models. Both are None where a retention is undefined."""
+
+    first: CapabilityRetention
+    second: CapabilityRetention
+    difference: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class TaskComparison(Record):
+    """One task of two sparse models: their scores, on how many items only one of them is right, and the p-value of
+    McNemar's exact test, None for scores that are not 0 or 1."""
+
+    task: str
+    capability: str
+    items: int
+    first: float
+    second: float
+    only_first: int
+    only_second: int
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class RunComparison(Record):
+    """Two runs over the tasks that both have; `unpaired` names the other tasks. `totals` are the two total retentions, None
+    where the two are means over different capabilities."""
+
+    first: str
+    second: str
+    capabilities: tuple[CapabilityComparison, ...]
+    tasks: tuple[TaskComparison, ...]
+    totals: tuple[float, float] | None
+    unpaired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

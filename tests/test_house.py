@@ -41,11 +41,13 @@ MAY_IMPORT = {
         "planning",
         "choices",
     },
+    "comparing": {"records", "capabilities", "publishing"},
     "study": {"records", "values", "pruner", "capabilities", "calibration", "publishing", "machine", "pocket"},
     "cli_study": {"study", "publishing"},
+    "cli_compare": {"records", "comparing", "terminal"},
     "terminal": set(),
-    "cli": {"terminal", "records", "pruner", "pocket", "calibration", "publishing", "cli_study"},
-    "__init__": {"pruner", "records"},
+    "cli": {"terminal", "records", "pruner", "pocket", "calibration", "publishing", "cli_study", "cli_compare"},
+    "__init__": {"pruner", "records", "comparing"},
     "_optimum_register": {"cli"},
 }
 HOMES = {  # each heavy library has one home

@@ -94,6 +94,32 @@ def save_calibration(folder: Path, calibration: CalibrationSet, mix: Mix) -> Non
         (new / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
+def load_scores(run: str | Path, *, token: str | None = None) -> dict[str, Scores]:
+    """The scores that a run was saved with, of the model before ("dense") and after ("sparse"), from its folder or from the
+    repo of that name on the Hub. Raises `FileNotFoundError` where there are none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    found = {}
+    for name in ("dense", "sparse"):
+        path = f"{SCORES_FOLDER}/{name}.json"
+        try:
+            file = Path(run) / path if Path(run).exists() else Path(hf_hub_download(str(run), path, token=token))
+            found[name] = Scores.from_json(file.read_text(encoding="utf-8"))
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(f"{run} is no folder here, and the Hub cannot be reached.") from error
+        except (FileNotFoundError, NotADirectoryError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+            raise FileNotFoundError(
+                f"{run} has no {path}: name the folder, or the repo, of a run whose capabilities were measured."
+            ) from None
+    return found
+
+
 @contextmanager
 def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `target`, which takes its place when the body has ended well."""
