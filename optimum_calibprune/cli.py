@@ -34,7 +34,7 @@ CONFIG_OPTIONS = (
         "sequential",
         "damping",
     ),
-    *("capabilities", "seed", "seed_texts", "dtype", "device"),
+    *("capabilities", "seed", "seed_texts", "dtype", "device", "max_overlap"),
 )
 
 
@@ -160,6 +160,13 @@ class PruneCommand(_Command):
         parser.add_argument("--sequential", help=f"{', '.join(SEQUENTIAL)} (default {SEQUENTIAL[0]})")
         parser.add_argument(
             "--damping", type=float, help="share of the mean diagonal added to each Hessian (default 0.01)"
+        )
+        parser.add_argument(
+            "--max-overlap",
+            type=float,
+            metavar="SHARE",
+            help="of a task's items that may share 13 words in a row with the calibration text (default 0.01); text that the "
+            "model writes is counted, not refused",
         )
         parser.add_argument("--micro-batch", type=int, help="samples whose arithmetic is done together")
         parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")

@@ -17,9 +17,11 @@ import torch
 from . import machine
 from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
+from .capabilities import contamination
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
 from .capabilities.score import measure
+from .capabilities.tasks import read
 from .choices import (
     LENGTH,
     NO_SUITE,
@@ -48,6 +50,7 @@ from .records import (
     PruneReport,
     RunRecord,
     Scores,
+    TaskOverlap,
 )
 
 
@@ -173,6 +176,9 @@ class CalibPruner:
             dense_scores: of `evaluate()` on the same dense model, where they are known already.
             on_progress: called with (done, total, "stage: detail").
             cancelled: asked between modules; True raises `schedule.Cancelled` and leaves the model half pruned.
+
+        Raises:
+            `ValueError` where the calibration set has more in common with the evaluated items than `config.max_overlap` allows.
         """
         if self._pruned:
             raise ValueError("This model is pruned already; load it again for another run.")
@@ -185,6 +191,7 @@ class CalibPruner:
             text = self._perplexity_text()
             choice = self.choose_calibration(on_progress=on_progress)
             self.calibration = choice.calibration
+            overlaps = self._overlaps(choice)
         with _timed(seconds, "measure dense"):
             dense = self._measure("measure dense", on_progress) if dense_scores is None else dense_scores
             before = self._perplexity(text, on_progress)
@@ -214,8 +221,22 @@ class CalibPruner:
             hardware=machine.hardware(self.model.device),
             seconds=seconds,
             peak_memory=machine.peak_memory(),
+            overlaps=overlaps,
         )
         return self.record
+
+    def _overlaps(self, choice: Choice) -> tuple[TaskOverlap, ...]:
+        """What the calibration set gives away of the items; `ValueError` where that is more than is allowed."""
+        texts: dict[str, list[str]] = {}
+        for row, ids in zip(choice.calibration.rows, choice.calibration.input_ids.tolist(), strict=True):
+            texts.setdefault(row.origin, []).append(self.tokenizer.decode(ids))
+        exempt = contamination.exempt_sources(choice.sources)
+        overlaps = contamination.count_overlaps(texts, self._item_texts(), exempt=exempt)
+        contamination.check_overlaps(overlaps, exempt, self.config.max_overlap)
+        return overlaps
+
+    def _item_texts(self) -> dict[str, list[str]]:
+        return {task.name: [contamination.item_text(item) for item in read(task)] for task in self._tasks}
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
@@ -308,7 +329,9 @@ class CalibPruner:
         if not self._tasks:
             return Scores((), missing)
         found = measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
-        return Scores(found.tasks, missing | found.not_measured)
+        fingerprints = {name: contamination.fingerprint(texts) for name, texts in self._item_texts().items()}
+        tasks = tuple(replace(task, fingerprint=fingerprints[task.task]) for task in found.tasks)
+        return Scores(tasks, missing | found.not_measured)
 
     def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source

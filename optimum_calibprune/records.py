@@ -45,6 +45,7 @@ class CalibPruneConfig(Record):
     `sequential="module"` lets each module see what the pruned ones before it produce; `"block"` is the two-pass scheme of
     the SparseGPT paper.
     `seed_texts` is a JSON file with the short texts, by capability, that the model continues for `mix="igsp"`.
+    `max_overlap` is the share of a task's items, 0 to 1, that may have 13 words in a row in common with the calibration set.
     """
 
     model: str
@@ -64,6 +65,7 @@ class CalibPruneConfig(Record):
     seed_texts: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    max_overlap: float = 0.01
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
@@ -88,6 +90,7 @@ class CalibPruneConfig(Record):
             value = getattr(self, name)
             require(value is None or value >= least, f"{name} must be at least {least}; {value} was given.")
         require(0 < self.damping < 1, f"damping is a share of the mean diagonal in (0, 1); {self.damping} was given.")
+        require(0 <= self.max_overlap <= 1, f"max_overlap is a share, 0 to 1; {self.max_overlap} was given.")
         require(self.seed >= 0, f"seed must not be negative; {self.seed} was given.")
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -363,6 +366,18 @@ class Scores(Record):
 
 
 @dataclass(frozen=True)
+class TaskOverlap(Record):
+    """How many items of a task share 13 words in a row with the calibration set: by source, and together those of sources
+    that are not exempt. `short` items have fewer words, so that nothing can be said about them."""
+
+    task: str
+    items: int
+    overlapping: int
+    short: int
+    sources: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class CapabilityRetention(Record):
     """Dense and sparse score of one capability. `retention` = sparse / dense, `interval` its 95 % bootstrap interval;
     both are None where the dense score is not above chance. `above_chance` has the chance level subtracted first."""
@@ -468,3 +483,4 @@ class RunRecord(Record):
     hardware: dict[str, str]
     seconds: dict[str, float]
     peak_memory: int
+    overlaps: tuple[TaskOverlap, ...] = ()

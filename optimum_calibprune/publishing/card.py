@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord
+from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord, TaskOverlap
 
 
 _HERE = Path(__file__).parent
@@ -41,6 +41,7 @@ def render(run: RunRecord, repo_id: str | None = None) -> str:
         "perplexity": run.perplexity if run.perplexity and run.perplexity.sparse is not None else None,
         "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
         "upper_bound": upper_bound(run),
+        "overlaps": [_overlap_row(run, entry) for entry in run.overlaps],
         "zeros": f"{run.prune.zeros:,}",
         "weights": f"{run.prune.weights:,}",
         "share": _percent(run.prune.zeros / run.prune.weights, 2),
@@ -209,6 +210,19 @@ def _source_row(run: RunRecord, source: CalibrationSource) -> dict[str, str]:
         "licence": source.licence or _unstated_licence(source),
         "perplexity": f"{profile.perplexity:.1f}",
         "duplicates": _percent(profile.duplicate_rate),
+    }
+
+
+def _overlap_row(run: RunRecord, entry: TaskOverlap) -> dict[str, str]:
+    written = {source.name for source in run.sources if source.written}
+    bound = {source.name for source in run.sources if source.upper_bound}
+    why = {name: " (written by the model)" if name in written else " (upper bound)" for name in written | bound}
+    return {
+        "task": entry.task,
+        "count": str(entry.items),
+        "overlapping": f"{entry.overlapping} ({_percent(entry.overlapping / entry.items)})",
+        "short": str(entry.short),
+        "sources": ", ".join(f"{name} {count}{why.get(name, '')}" for name, count in entry.sources.items()),
     }
 
 

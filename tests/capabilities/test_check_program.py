@@ -295,7 +295,7 @@ def read(name: str) -> list[dict]:
     path = DATA / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"needs {path.name} of the real data")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture(scope="module")
