@@ -94,7 +94,7 @@ def test_heavy_libraries_have_one_home(library: str) -> None:
 def test_every_source_file_names_its_licence() -> None:
     tracked = [
         p
-        for folder in ("optimum_calibprune", "tests", "benchmarks", "examples")
+        for folder in ("optimum_calibprune", "tests", "benchmarks", "examples", "metrics")
         for p in (ROOT / folder).rglob("*.py")
     ]
     assert tracked
