@@ -106,7 +106,10 @@ def _difference(
     """Retention of the first run minus that of the second, and its interval, over the same bootstrap samples of items."""
     sets = [run[state] for run in (first, second) for state in ("dense", "sparse")]
     tasks = [[task for task in scores.tasks if task.capability == capability] for scores in sets]
-    resampled = [resampled_means([task.item_scores for task in four], generator) for four in zip(*tasks, strict=True)]
+    added = ((1, 1, 1, 0), (1, 0, 1, 1))  # on one of them the first run alone is right, on the other one the second
+    resampled = [
+        resampled_means([task.item_scores for task in four], generator, added) for four in zip(*tasks, strict=True)
+    ]
     samples = np.mean(resampled, axis=0)  # [dense, sparse, dense, sparse; resamples]
     samples = samples[:, (samples[0] > 0) & (samples[2] > 0)]
     dense, sparse, other_dense, other_sparse = (np.mean([task.value for task in of_model]) for of_model in tasks)

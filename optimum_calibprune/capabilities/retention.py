@@ -19,7 +19,9 @@ def capability_report(dense: Scores, sparse: Scores, *, seed: int = 0) -> Capabi
     """Retention of each capability: mean sparse score over mean dense score, across its tasks.
 
     The interval comes from 4000 bootstrap samples of the items, the same for dense and sparse (paired, so that items on
-    which both agree add no width). Raises `ValueError` where the two were not measured on the same items.
+    which both agree add no width). To the items of each task come two of half their weight: one on which the dense model
+    alone is right, one on which the sparse one is. Without them the interval is too narrow where hardly any item tells the
+    two apart: `benchmarks/coverage.py`. Raises `ValueError` where the two were not measured on the same items.
     """
     return draws_report(dense, [sparse], seed=seed)
 
@@ -68,8 +70,9 @@ def _retention(
     """Mean over tasks of each bootstrap sample: dense `[resamples]`, sparse `[draws, resamples]` -> their ratio."""
     dense_samples = np.zeros(RESAMPLES)
     sparse_samples = np.zeros((len(draws), RESAMPLES))
+    added = ((1, 0), (0, 1)) if len(draws) == 1 else ()  # several draws scatter by more than the items
     for t, task in enumerate(tasks):
-        means = resampled_means([task.item_scores, *(draw[t].item_scores for draw in draws)], generator)
+        means = resampled_means([task.item_scores, *(draw[t].item_scores for draw in draws)], generator, added)
         dense_samples += means[0] / len(tasks)
         sparse_samples += means[1:] / len(tasks)
     which = generator.integers(0, len(draws), (len(draws), RESAMPLES))
@@ -92,13 +95,21 @@ def _retention(
     return entry, ratio
 
 
-def resampled_means(rows: Sequence[Sequence[float]], generator: np.random.Generator) -> np.ndarray:
-    """Means `[rows, resamples]` over items drawn with replacement, the same items for all rows."""
-    items = np.array(rows)  # [rows, items]
-    count = items.shape[1]
+def resampled_means(
+    rows: Sequence[Sequence[float]], generator: np.random.Generator, added: Sequence[Sequence[float]] = ()
+) -> np.ndarray:
+    """Means `[rows, resamples]` over items drawn with replacement, the same items for all rows. `added` items, each a score
+    for every row, are drawn half as often as each of the others."""
+    scores = np.array(rows)  # [rows, items]
+    count = scores.shape[1]
+    items = np.concatenate([scores, np.array(added).reshape(len(added), len(rows)).T], axis=1)
     parts = []
     for size in np.diff([*range(0, RESAMPLES, max(1, AT_ONCE // count)), RESAMPLES]):
-        chosen = generator.integers(0, count, (size, count))
+        if added:
+            halves = generator.integers(0, 2 * count + len(added), (size, count))
+            chosen = np.where(halves < 2 * count, halves // 2, halves - count)
+        else:
+            chosen = generator.integers(0, count, (size, count))
         parts.append([row[chosen].mean(axis=1) for row in items])
     return np.concatenate(parts, axis=1)
 

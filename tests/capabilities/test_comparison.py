@@ -82,7 +82,9 @@ def test_a_run_does_not_differ_from_itself() -> None:
     same = joined(run(0.9, 0.5), run(0.8, 0.4, "m", "math"))
     found = compare(same, same, names=NAMES)
     assert [entry.difference for entry in found.capabilities] == [0.0, 0.0]
-    assert [entry.interval for entry in found.capabilities] == [(0.0, 0.0)] * 2
+    for entry in found.capabilities:  # 200 items without a difference do not show that there is none
+        low, high = entry.interval
+        assert -0.02 < low < 0 < high < 0.02
     assert found.totals[0] == found.totals[1] == pytest.approx((0.5 / 0.9 + 0.5) / 2)
     assert [entry.p_value for entry in found.tasks] == [1.0, 1.0]
 
