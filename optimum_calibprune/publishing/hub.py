@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records import CalibrationSet, Mix, RunRecord, Scores
-from .card import render
+from . import pictures, plots
+from .card import render, title
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 RECORD_NAME = "calibprune.json"
 CALIBRATION_NAME = "calibration.safetensors"
 SCORES_FOLDER = "scores"
+FIGURES_FOLDER = "figures"
 
 
 def check_output(folder: str | Path, overwrite: bool, needed_bytes: int = 0) -> None:
@@ -59,7 +61,8 @@ def save_run(
     repo_id: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes model, tokenizer, records and card to `folder`; a crash leaves it as it was, or complete."""
+    """Writes model, tokenizer, records, card and, with matplotlib, its pictures to `folder`; a crash leaves it as it was, or
+    complete."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -76,7 +79,11 @@ def save_run(
                 raise
             raise OSError(f"{folder} could not be written: {error}") from error
         (new / RECORD_NAME).write_text(run.to_json(), encoding="utf-8")
-        (new / "README.md").write_text(render(run, repo_id), encoding="utf-8")
+        drawn = []
+        if run.capabilities is not None and plots.available():
+            drawn = pictures.draw(new / FIGURES_FOLDER, title(run), run.capabilities, scores)
+        names = [path.relative_to(new).as_posix() for path in drawn]
+        (new / "README.md").write_text(render(run, repo_id, names), encoding="utf-8")
         for name, measured in scores.items():
             (new / SCORES_FOLDER).mkdir(exist_ok=True)
             (new / SCORES_FOLDER / f"{name}.json").write_text(measured.to_json(), encoding="utf-8")
