@@ -212,12 +212,12 @@ def names_for(tests: str, peer: Peer) -> Names:
     standard library of which the tests use attributes alone: a program cannot redefine what its tests compare with.
     """
     nodes = list(ast.walk(ast.parse(tests)))
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and not node.id.startswith("__")}
     bases = [node.value for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
     alone = [node for node in nodes if isinstance(node, ast.Name) and not any(node is base for base in bases)]
     modules = ({node.id for node in bases} - {node.id for node in alone}) & sys.stdlib_module_names
-    found = peer.ask("names", (sorted(used),))
-    assert isinstance(found, dict)
+    answer = peer.ask("names", (sorted(used),))
+    found = {name: answer[name] for name in used if name in answer}  # no more than was asked for
     real = {name: importlib.import_module(name) for name in modules & set(found)}
     others = {name: value for name, value in found.items() if not hasattr(builtins, name)}
     return (others or found) | real

@@ -23,6 +23,7 @@ from types import ModuleType
 
 
 REPORT, CHANNEL = 3, 4  # file descriptors of a process that is locked up
+LOCKED_UP = b"locked up"
 
 
 def _call(name: str, *arguments: int | bytes | None) -> int:
@@ -290,15 +291,15 @@ def _start_locked_up(run: Callable, descriptors: Sequence[int], limits: tuple) -
             for number, source in enumerate([fcntl.fcntl(source, fcntl.F_DUPFD, 16) for source in given]):
                 os.dup2(source, number)
             os.closerange(len(given), 1024)
-            os.write(REPORT, b"locked up")
+            os.write(REPORT, LOCKED_UP)
             run()
         except (OSError, ValueError) as error:
             os.write(report, f"{type(error).__name__}: {error}".encode())
         finally:
             os._exit(1)
     os.close(report)
-    if (answer := os.read(arrives, 4096)) != b"locked up":
-        sys.exit(answer.decode("utf-8", "replace"))
+    if (answer := os.read(arrives, len(LOCKED_UP))) != LOCKED_UP:  # a program may have written more by now
+        sys.exit((answer + os.read(arrives, 4096)).decode("utf-8", "replace"))
     return child, arrives
 
 

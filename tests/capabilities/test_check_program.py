@@ -178,6 +178,9 @@ FORGERIES = {
                         "{\"library\": [\"unittest.mock\", \"ANY\"]}]]}, []]\\n')\nos._exit(0)",
     "a call into the tests": "import os\nos.write(4, b'[\"call\", {\"library\": [\"os\", \"_exit\"]}, [0], {}]\\n')\n"
                              "f = lambda x: os.write(4, b'[\"call\", \"exec\", [\"raise SystemExit(0)\"], {}]\\n') and 0",
+    "built-ins by hand": "import os\nos.write(4, b'[\"returned\", null, []]\\n[\"returned\", {\"dict\": [[\"f\", {\"mine\": 0}], "
+                         "[\"__builtins__\", {\"dict\": [[\"abs\", {\"mine\": 1}], [\"__import__\", {\"mine\": 2}]]}]]}, []]\\n' "
+                         "+ 9 * b'[\"returned\", 0, []]\\n')\nwhile True:\n    pass",
     "an endless answer": "import os\nwhile True:\n    os.write(4, b'[' * 65536)",
     "deep nesting": "import os\nos.write(4, b'[' * 200000 + b'\\n')",
 }  # fmt: skip
