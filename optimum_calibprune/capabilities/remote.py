@@ -84,6 +84,8 @@ class Peer:
             kind, *parts = self._receive()
             if kind == "call":
                 self._answer(*parts)
+            elif kind == "raised" and parts[0] == "StopIteration" and function != "next":
+                raise RuntimeError("StopIteration")  # it would end a loop of the tests, and with it what they check
             elif kind == "raised":
                 raise _error(*parts)
             else:
@@ -214,8 +216,9 @@ def names_for(tests: str, peer: Peer) -> Names:
     nodes = list(ast.walk(ast.parse(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name) and not node.id.startswith("__")}
     bases = [node.value for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
-    alone = [node for node in nodes if isinstance(node, ast.Name) and not any(node is base for base in bases)]
-    modules = ({node.id for node in bases} - {node.id for node in alone}) & sys.stdlib_module_names
+    places = {id(base) for base in bases}
+    alone = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in places}
+    modules = ({base.id for base in bases} - alone) & sys.stdlib_module_names
     answer = peer.ask("names", (sorted(used),))
     found = {name: answer[name] for name in used if name in answer}  # no more than was asked for
     real = {name: importlib.import_module(name) for name in modules & set(found)}

@@ -94,7 +94,7 @@ def bars(
     """Shares as bars under each other, in per cent, with their intervals and numbers, and a line at 100 per cent."""
     axes, figure = _rows(title, axis, [row.label for row in rows], note, theme, room=1.55)
     ends = [end for row in rows for end in (row.value, *(row.interval or ())) if end is not None]
-    axes.set_xlim(0, 104 * max(1.0, *ends))
+    axes.set_xlim(0, 104 * max([1.0, *ends]))
     for i, row in enumerate(rows):
         if row.value is None:
             axes.text(1, i, row.text, va="center", fontsize=9, color=theme.faint, backgroundcolor=theme.paper)

@@ -187,6 +187,13 @@ FORGERIES = {
 TESTS = ("assert f(1) == 3", "import math\nassert math.isclose(f(1), 3)", "assert abs(f(1) - 3) < 0.1")
 
 
+def test_a_program_cannot_end_the_loops_of_its_tests(level: Isolation) -> None:
+    program = "def f(x):\n    raise StopIteration"
+    for tests in ("assert all(map(f, [1, 2]))", "assert list(map(f, [1, 2])) == []"):
+        assert subprocess.run([sys.executable, "-c", f"{program}\n{tests}"]).returncode == 0, "in one process it can"
+        assert check_program(program, tests).reason == "failed: RuntimeError: StopIteration"
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_pass_cannot_be_forged(level: Isolation, name: str) -> None:
     fresh = f"# {time.monotonic()}\n"

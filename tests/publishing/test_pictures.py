@@ -85,6 +85,13 @@ def test_a_dot_lies_where_its_score_is(tmp_path: Path) -> None:
     assert places[2] - places[1] == pytest.approx(2 * (places[1] - places[0]), rel=0.03)
 
 
+def test_a_model_at_chance_has_a_picture_that_says_so(tmp_path: Path) -> None:
+    at_chance = CapabilityReport(report(0.5).capabilities[2:], None, None, None, {})
+    drawn = pictures.draw(tmp_path, "m", at_chance, {})
+    assert len(drawn) == 4
+    assert "undefined: dense is at chance" in drawn[0].read_text()
+
+
 def test_nothing_measured_is_nothing_drawn(tmp_path: Path) -> None:
     empty = CapabilityReport((), None, None, None, {"code": "no data"})
     assert pictures.draw(tmp_path, "m", empty, {}) == []
