@@ -50,9 +50,9 @@ def test_it_returns_what_the_card_reports(metric: EvaluationModule) -> None:
 
 
 def test_items_may_come_in_batches(metric: EvaluationModule) -> None:
-    metric.add_batch(predictions=[1, 0], references=[1, 1])
+    metric.add_batch(predictions=[1, 0] * 10 + [1] * 9, references=[1] * 29)
     metric.add(prediction=1, reference=1)
-    assert metric.compute()["total"] == pytest.approx(2 / 3)
+    assert metric.compute()["total"] == pytest.approx(20 / 30)
 
 
 def test_at_chance_nothing_is_defined(metric: EvaluationModule) -> None:
