@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .comparing import compare_runs as compare_runs
     from .pruner import CalibPruner as CalibPruner
     from .records import CalibPruneConfig as CalibPruneConfig
     from .records import CalibrationSet as CalibrationSet
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "compare_runs": "comparing",
     "CalibPruner": "pruner",
     "CalibPruneConfig": "records",
     "CalibrationSet": "records",
@@ -26,7 +28,15 @@ _HOMES = {
     "SparsityPattern": "records",
 }
 
-__all__ = ["CalibPruneConfig", "CalibPruner", "CalibrationSet", "CalibrationSource", "RunRecord", "SparsityPattern"]
+__all__ = [
+    "CalibPruneConfig",
+    "CalibPruner",
+    "CalibrationSet",
+    "CalibrationSource",
+    "RunRecord",
+    "SparsityPattern",
+    "compare_runs",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import cli_study
+from . import cli_compare, cli_study
 from .records import ALLOCATIONS, CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan, SourceProfile
 from .terminal import BAD_ARGUMENTS, FAILED, errors, interrupts, progress, quiet_libraries, say, table
 
@@ -36,7 +36,7 @@ CONFIG_OPTIONS = (
         "sequential",
         "damping",
     ),
-    *("capabilities", "seed", "seed_texts", "dtype", "device"),
+    *("capabilities", "seed", "seed_texts", "dtype", "device", "max_overlap"),
 )
 
 
@@ -164,6 +164,13 @@ class PruneCommand(_Command):
         parser.add_argument("--sequential", help=f"{', '.join(SEQUENTIAL)} (default {SEQUENTIAL[0]})")
         parser.add_argument(
             "--damping", type=float, help="share of the mean diagonal added to each Hessian (default 0.01)"
+        )
+        parser.add_argument(
+            "--max-overlap",
+            type=float,
+            metavar="SHARE",
+            help="of a task's items that may share 13 words in a row with the calibration text (default 0.01); text that the "
+            "model writes is counted, not refused",
         )
         parser.add_argument("--micro-batch", type=int, help="samples whose arithmetic is done together")
         parser.add_argument(
@@ -367,6 +374,19 @@ class StudyCommand(BaseOptimumCLICommand):
             cli_study.check_failed(study)
 
 
+class CompareCommand(BaseOptimumCLICommand):
+    """Set two saved runs side by side."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        cli_compare.add_arguments(parser)
+
+    def run(self) -> None:
+        quiet_libraries()
+        with errors(BAD_ARGUMENTS):
+            cli_compare.run(self.args)
+
+
 class CalibPruneCommand(BaseOptimumCLICommand):
     """The root of the subcommands."""
 
@@ -376,5 +396,6 @@ class CalibPruneCommand(BaseOptimumCLICommand):
         CommandInfo(name="sources", help="List calibration sources.", subcommand_class=SourcesCommand),
         CommandInfo(name="mix", help="Choose a calibration set and show it.", subcommand_class=MixCommand),
         CommandInfo(name="evaluate", help="Measure a model's capabilities.", subcommand_class=EvaluateCommand),
+        CommandInfo(name="compare", help="Compare what two saved runs kept.", subcommand_class=CompareCommand),
         CommandInfo(name="study", help="Compare mixes over sparsities and seeds.", subcommand_class=StudyCommand),
     )

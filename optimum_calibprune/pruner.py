@@ -19,9 +19,11 @@ from . import __version__, machine
 from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
 from .calibration.sources import fingerprint
+from .capabilities import contamination
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
 from .capabilities.score import measure
+from .capabilities.tasks import read
 from .choices import (
     LENGTH,
     NO_SUITE,
@@ -55,6 +57,7 @@ from .records import (
     Record,
     RunRecord,
     Scores,
+    TaskOverlap,
 )
 
 
@@ -224,7 +227,8 @@ class CalibPruner:
 
         Raises:
             `ValueError`, `FileExistsError`, `FileNotFoundError` where `work_dir` is missing, or does not fit; `OSError`
-            where its disk is full: what was finished before is kept there.
+            where its disk is full: what was finished before is kept there. `ValueError` where the calibration set has more
+            in common with the evaluated items than `config.max_overlap` allows.
         """
         with self._ranks.one_voice():
             return self._run(work_dir, resume, dense_scores, on_progress, cancelled)
@@ -253,6 +257,7 @@ class CalibPruner:
             self.calibration = choice.calibration
         if journal is not None:
             journal.expect("calibration", self.calibration.fingerprint)
+            overlaps = self._overlaps(choice)
         with _timed(seconds, "measure dense"):
             dense = dense_scores or self._kept(Scores, lambda: self._measure("measure dense", on_progress))
             before = self._kept(PerplexityReport, lambda: self._dense_perplexity(text, on_progress))
@@ -282,6 +287,7 @@ class CalibPruner:
             hardware=machine.hardware(self._home.device),
             seconds=seconds,
             peak_memory=machine.peak_memory(),
+            overlaps=overlaps,
         )
         return self.record
 
@@ -320,6 +326,19 @@ class CalibPruner:
         if journal is not None:
             journal.keep(name, found.to_json())
         return found
+
+    def _overlaps(self, choice: Choice) -> tuple[TaskOverlap, ...]:
+        """What the calibration set gives away of the items; `ValueError` where that is more than is allowed."""
+        texts: dict[str, list[str]] = {}
+        for row, ids in zip(choice.calibration.rows, choice.calibration.input_ids.tolist(), strict=True):
+            texts.setdefault(row.origin, []).append(self.tokenizer.decode(ids))
+        exempt = contamination.exempt_sources(choice.sources)
+        overlaps = contamination.count_overlaps(texts, self._item_texts(), exempt=exempt)
+        contamination.check_overlaps(overlaps, exempt, self.config.max_overlap)
+        return overlaps
+
+    def _item_texts(self) -> dict[str, list[str]]:
+        return {task.name: [contamination.item_text(item) for item in read(task)] for task in self._tasks}
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
@@ -435,7 +454,9 @@ class CalibPruner:
         if not self._tasks:
             return Scores((), missing)
         found = measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
-        return Scores(found.tasks, missing | found.not_measured)
+        fingerprints = {name: contamination.fingerprint(texts) for name, texts in self._item_texts().items()}
+        tasks = tuple(replace(task, fingerprint=fingerprints[task.task]) for task in found.tasks)
+        return Scores(tasks, missing | found.not_measured)
 
     def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source

@@ -45,6 +45,7 @@ class CalibPruneConfig(Record):
     `sequential="module"` lets each module see what the pruned ones before it produce; `"block"` is the two-pass scheme of
     the SparseGPT paper.
     `seed_texts` is a JSON file with the short texts, by capability, that the model continues for `mix="igsp"`.
+    `max_overlap` is the share of a task's items, 0 to 1, that may have 13 words in a row in common with the calibration set.
     """
 
     model: str
@@ -64,6 +65,7 @@ class CalibPruneConfig(Record):
     seed_texts: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    max_overlap: float = 0.01
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", Sparsity.parse(self.sparsity))
@@ -88,6 +90,7 @@ class CalibPruneConfig(Record):
             value = getattr(self, name)
             require(value is None or value >= least, f"{name} must be at least {least}; {value} was given.")
         require(0 < self.damping < 1, f"damping is a share of the mean diagonal in (0, 1); {self.damping} was given.")
+        require(0 <= self.max_overlap <= 1, f"max_overlap is a share, 0 to 1; {self.max_overlap} was given.")
         require(self.seed >= 0, f"seed must not be negative; {self.seed} was given.")
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -340,13 +343,15 @@ class Plan(Record):
 
 @dataclass(frozen=True)
 class TaskScore(Record):
-    """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing."""
+    """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `fingerprint` is
+    the SHA-256 of the items' texts in their order; it is empty in records of runs that did not keep it."""
 
     task: str
     capability: str
     metric: str
     chance: float
     item_scores: tuple[float, ...]
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.item_scores), f"Task {self.task!r} has no items.")
@@ -362,6 +367,18 @@ class Scores(Record):
 
     tasks: tuple[TaskScore, ...]
     not_measured: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskOverlap(Record):
+    """How many items of a task share 13 words in a row with the calibration set: by source, and together those of sources
+    that are not exempt. `short` items have fewer words, so that nothing can be said about them."""
+
+    task: str
+    items: int
+    overlapping: int
+    short: int
+    sources: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -392,6 +409,45 @@ class CapabilityReport(Record):
     @property
     def measured(self) -> tuple[str, ...]:
         return tuple(c.capability for c in self.capabilities if c.retention is not None)
+
+
+@dataclass(frozen=True)
+class CapabilityComparison(Record):
+    """One capability of two runs; `difference` is the retention of the first minus that of the second, `interval` its 95 %
+    bootstrap interval over the items, paired between all four models. Both are None where a retention is undefined."""
+
+    first: CapabilityRetention
+    second: CapabilityRetention
+    difference: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class TaskComparison(Record):
+    """One task of two sparse models: their scores, on how many items only one of them is right, and the p-value of
+    McNemar's exact test, None for scores that are not 0 or 1."""
+
+    task: str
+    capability: str
+    items: int
+    first: float
+    second: float
+    only_first: int
+    only_second: int
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class RunComparison(Record):
+    """Two runs over the tasks that both have; `unpaired` names the other tasks. `totals` are the two total retentions, None
+    where the two are means over different capabilities."""
+
+    first: str
+    second: str
+    capabilities: tuple[CapabilityComparison, ...]
+    tasks: tuple[TaskComparison, ...]
+    totals: tuple[float, float] | None
+    unpaired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -431,3 +487,4 @@ class RunRecord(Record):
     hardware: dict[str, str]
     seconds: dict[str, float]
     peak_memory: int
+    overlaps: tuple[TaskOverlap, ...] = ()

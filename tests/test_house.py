@@ -41,11 +41,13 @@ MAY_IMPORT = {
         "planning",
         "choices",
     },
+    "comparing": {"records", "capabilities", "publishing"},
     "study": {"records", "values", "pruner", "capabilities", "calibration", "publishing", "machine", "pocket"},
     "cli_study": {"study", "publishing"},
+    "cli_compare": {"records", "comparing", "terminal"},
     "terminal": set(),
-    "cli": {"terminal", "records", "pruner", "pocket", "calibration", "publishing", "cli_study"},
-    "__init__": {"pruner", "records"},
+    "cli": {"terminal", "records", "pruner", "pocket", "calibration", "publishing", "cli_study", "cli_compare"},
+    "__init__": {"pruner", "records", "comparing"},
     "_optimum_register": {"cli"},
 }
 HOMES = {  # each heavy library has one home
@@ -92,7 +94,7 @@ def test_heavy_libraries_have_one_home(library: str) -> None:
 def test_every_source_file_names_its_licence() -> None:
     tracked = [
         p
-        for folder in ("optimum_calibprune", "tests", "benchmarks", "examples")
+        for folder in ("optimum_calibprune", "tests", "benchmarks", "examples", "metrics")
         for p in (ROOT / folder).rglob("*.py")
     ]
     assert tracked

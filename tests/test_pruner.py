@@ -105,6 +105,9 @@ def test_the_card_reports_the_measured_retention(saved: tuple[CalibPruner, Path]
         assert 0.0 <= entry.retention < 1.0
     assert f"{100 * report.total:.1f} %" in card
     assert "total** (general, math)" in card
+    shown = [line.rpartition("(")[2].rstrip(")") for line in card.splitlines() if line.startswith("![")]
+    assert shown == ["figures/retention-light.png", "figures/tasks-light.png"]
+    assert len([path for path in (folder / "figures").iterdir() if path.stat().st_size > 5000]) == 8
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:

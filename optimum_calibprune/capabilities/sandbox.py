@@ -21,12 +21,13 @@ from pathlib import Path
 # Lets a busy machine start and clean up; the supervisor itself enforces the program's own limit.
 _GRACE_SECONDS = 20.0
 _MEMORY_BYTES = 512 * 2**20
+Job = tuple[str | None, str]  # a program and its tests, or None and a program that holds its own
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _BASIC_PROBE = f"""
 import os
 try:
-    import math
-except ImportError:
+    open(os.__file__).close()
+except OSError:
     raise AssertionError("other users cannot read the library of this Python") from None
 assert os.getuid() != 0, "still root"
 assert not os.environ and not os.listdir(), "surroundings are not empty"
@@ -115,43 +116,78 @@ def isolation() -> Isolation:
     return Isolation(available=False, reason=f"generated code cannot be isolated here: {reason}")
 
 
-def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES) -> Verdict:
-    """Run one program; it passes if it reaches its end without an exception.
+def check_program(
+    program: str, tests: str, *, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES
+) -> Verdict:
+    """Run one generated program and its tests; it passes if the tests reach their end without an exception.
 
-    A bare Python, the supervisor, forks a keeper, which forks the process that runs the program, locks it up, and kills
-    it with all it has started. A pass is a secret that the keeper sends once the process is locked up, and that comes
-    back only from the program's end. Ordinary Python code cannot reach the secret, but no check inside one process
-    withstands a program that reads its own memory, nor one that redefines what its tests use or returns objects equal to
-    everything.
+    A bare Python, the supervisor, forks a keeper, which forks a process for the tests and one for the program, locks both
+    up, and kills them with all that they have started. What the tests use of the program they ask of its process, and get
+    plain values or stand-ins (`remote.py`): so no program can patch what its tests compare with, jump over them, end them
+    early, or return an object that equals everything. A pass is a secret of the tests' process, to which nothing leads from
+    the program's. Where the tests compare one object of the program with another, or use its own helper, it has its say.
+
+    Tests cannot hand the program objects of classes that they define themselves; such classes belong into the program.
 
     Args:
-        program: Source text, tests included.
-        timeout_seconds: Wall-clock limit.
-        memory_bytes: Limit on the address space of each process of the program.
+        program: Source text: prompt and completion. It is not the main module.
+        tests: Source text that uses names of the program.
+        timeout_seconds: Wall-clock limit for both together.
+        memory_bytes: Limit on the address space of each process.
+
+    Raises:
+        SandboxUnavailable: Nothing was run, because it cannot be isolated here.
+    """
+    return _judge((program, tests), timeout_seconds, memory_bytes, _available().namespaces)
+
+
+def check_programs(
+    programs: Sequence[tuple[str, str]],
+    *,
+    workers: int = 2,
+    timeout_seconds: float = 5.0,
+    memory_bytes: int = _MEMORY_BYTES,
+) -> list[Verdict]:
+    """Check many pairs of program and tests, `workers` at a time, and return their verdicts in order; see `check_program`.
+
+    Equal pairs run once, and not again in a later call of this process, unless they ran out of time. A worker keeps one
+    supervisor; the programs that it runs one after another are isolated from each other as from all else.
+    """
+    return _judge_each(programs, workers, timeout_seconds, memory_bytes)
+
+
+def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES) -> Verdict:
+    """Run one program that holds its own tests; it passes if it reaches its end without an exception.
+
+    Ordinary Python code cannot reach the secret that is a pass, but no check inside one process withstands a program that
+    reads its own memory, nor one that redefines what its tests use; `check_program` does.
 
     Raises:
         SandboxUnavailable: The program was not run, because it cannot be isolated here.
     """
-    level = isolation()
-    if not level.available:
-        raise SandboxUnavailable(level.reason)
-    return _judge(program, timeout_seconds, memory_bytes, level.namespaces)
+    return _judge((None, program), timeout_seconds, memory_bytes, _available().namespaces)
 
 
 def run_programs(
     programs: Sequence[str], *, workers: int = 2, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES
 ) -> list[Verdict]:
-    """Run many programs, `workers` at a time, and return their verdicts in order; see `run_program`.
+    """Run many programs that hold their own tests, as `check_programs` does; see `run_program`."""
+    return _judge_each([(None, program) for program in programs], workers, timeout_seconds, memory_bytes)
 
-    Equal programs run once, and not again in a later call of this process, unless they ran out of time. A worker keeps
-    one supervisor; the programs that it runs one after another are isolated from each other as from all else.
-    """
+
+def _available() -> Isolation:
     level = isolation()
-    if programs and not level.available:
+    if not level.available:
         raise SandboxUnavailable(level.reason)
-    limits = (timeout_seconds, memory_bytes, level.namespaces)
-    verdicts = {program: _VERDICTS.recall(program, limits) for program in programs}
-    waiting = deque(program for program, verdict in verdicts.items() if verdict is None)
+    return level
+
+
+def _judge_each(jobs: Sequence[Job], workers: int, timeout_seconds: float, memory_bytes: int) -> list[Verdict]:
+    if not jobs:
+        return []
+    limits = (timeout_seconds, memory_bytes, _available().namespaces)
+    verdicts = {job: _VERDICTS.recall(job, limits) for job in jobs}
+    waiting = deque(job for job, verdict in verdicts.items() if verdict is None)
     with ThreadPoolExecutor(workers) as pool:
         try:
             started = [pool.submit(_judge_all, waiting, *limits) for _ in range(min(workers, len(waiting)))]
@@ -160,7 +196,7 @@ def run_programs(
         finally:
             waiting.clear()  # after Ctrl-C, or where one worker cannot isolate its program
     _VERDICTS.keep(verdicts, limits)
-    return [verdicts[program] for program in programs]
+    return [verdicts[job] for job in jobs]
 
 
 class _Verdicts:
@@ -168,16 +204,16 @@ class _Verdicts:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._verdicts: dict[tuple[str, tuple], Verdict] = {}  # the last used come last
+        self._verdicts: dict[tuple[Job, tuple], Verdict] = {}  # the last used come last
 
-    def recall(self, program: str, limits: tuple) -> Verdict | None:
-        return self._verdicts.get((program, limits))
+    def recall(self, job: Job, limits: tuple) -> Verdict | None:
+        return self._verdicts.get((job, limits))
 
-    def keep(self, verdicts: dict[str, Verdict], limits: tuple) -> None:
-        for program, verdict in verdicts.items():
-            self._verdicts.pop((program, limits), None)
+    def keep(self, verdicts: dict[Job, Verdict], limits: tuple) -> None:
+        for job, verdict in verdicts.items():
+            self._verdicts.pop((job, limits), None)
             if verdict.reason != "timed out":
-                self._verdicts[program, limits] = verdict
+                self._verdicts[job, limits] = verdict
         for key in list(self._verdicts)[: -self._size]:
             self._verdicts.pop(key, None)
 
@@ -189,33 +225,33 @@ def _probe(*, namespaces: bool) -> Isolation:
     """Try what the programs must not manage, locked up in one of the two ways."""
     try:
         with _Supervisor(_GRACE_SECONDS, _MEMORY_BYTES, namespaces) as supervisor:
-            basic = supervisor.judge(_BASIC_PROBE)
+            basic = supervisor.judge((None, _BASIC_PROBE))
             if not basic.passed:
                 return Isolation(available=False, reason=basic.reason)
             with socket.create_server(("127.0.0.1", 0)) as server:
-                network = supervisor.judge(_NETWORK_PROBE.format(port=server.getsockname()[1])).passed
-            files = supervisor.judge(_FILES_PROBE).passed
+                network = supervisor.judge((None, _NETWORK_PROBE.format(port=server.getsockname()[1]))).passed
+            files = supervisor.judge((None, _FILES_PROBE)).passed
     except (OSError, SandboxUnavailable) as error:
         return Isolation(available=False, reason=str(error))
     return Isolation(available=True, user=True, network=network, files=files, namespaces=namespaces)
 
 
-def _judge(program: str, seconds: float, memory: int, namespaces: bool) -> Verdict:
+def _judge(job: Job, seconds: float, memory: int, namespaces: bool) -> Verdict:
     """Judge one program with a supervisor of its own."""
     with _Supervisor(seconds, memory, namespaces) as supervisor:
-        return supervisor.judge(program)
+        return supervisor.judge(job)
 
 
-def _judge_all(waiting: deque[str], seconds: float, memory: int, namespaces: bool) -> dict[str, Verdict]:
+def _judge_all(waiting: deque[Job], seconds: float, memory: int, namespaces: bool) -> dict[Job, Verdict]:
     """Judge programs, with one supervisor, until none is waiting."""
     verdicts = {}
     with _Supervisor(seconds, memory, namespaces) as supervisor:
         while True:
             try:
-                program = waiting.popleft()
+                job = waiting.popleft()
             except IndexError:  # another worker took the last one
                 return verdicts
-            verdicts[program] = supervisor.judge(program)
+            verdicts[job] = supervisor.judge(job)
 
 
 class _Supervisor:
@@ -232,12 +268,12 @@ class _Supervisor:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def judge(self, program: str) -> Verdict:
-        """Run the program in a fresh folder. Raises `SandboxUnavailable` if a fresh supervisor cannot judge it."""
+    def judge(self, job: Job) -> Verdict:
+        """Run program and tests in a fresh folder. Raises `SandboxUnavailable` if a fresh supervisor cannot judge it."""
         fresh = self._process is None
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="calibprune-", ignore_cleanup_errors=True) as folder:
-            answer = self._ask(program.encode("utf-8", "surrogatepass"), folder)
+            answer = self._ask(job, folder)
         if not answer.startswith("! "):
             passed, elapsed, reason = answer.split(" ", 2)
             return Verdict(passed=passed == "1", reason=reason, seconds=float(elapsed))
@@ -246,9 +282,9 @@ class _Supervisor:
             return Verdict(passed=False, reason="timed out", seconds=self._seconds + _GRACE_SECONDS)
         if fresh:
             raise SandboxUnavailable(answer.removeprefix("! "))
-        return self.judge(program)  # no program pays for what happened before it
+        return self.judge(job)  # no program pays for what happened before it
 
-    def _ask(self, program: bytes, folder: str) -> str:
+    def _ask(self, job: Job, folder: str) -> str:
         """The supervisor's answer, or "! " and why there is none."""
         if self._process is None:
             self._process = self._start()
@@ -256,7 +292,9 @@ class _Supervisor:
         limit = threading.Timer(self._seconds + _GRACE_SECONDS, process.kill)
         limit.start()
         try:
-            process.stdin.write(f"{len(program)} {folder}\n".encode() + program)
+            texts = [text.encode("utf-8", "surrogatepass") if text is not None else None for text in job]
+            lengths = " ".join("-1" if text is None else str(len(text)) for text in texts)
+            process.stdin.write(f"{lengths} {folder}\n".encode() + b"".join(filter(None, texts)))
             process.stdin.flush()
             length = process.stdout.readline()
             answer = process.stdout.read(int(length or 0)).decode("utf-8", "replace")

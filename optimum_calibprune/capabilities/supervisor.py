@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Locks up and watches generated programs; `sandbox.py` runs this file as a bare Python that imports nothing of ours.
 
-Arguments: seconds, bytes of memory, 1 for namespaces or 0, the process that starts this one. Programs come on standard input, one after another, and for
-each an answer goes to standard output. Every program gets a keeper of its own: a fork of this process that leaves for
-fresh namespaces or picks a spare user, forks the process that runs the program, locks it up, and kills all that it has
-started. So programs share nothing but the start of Python. Constants carry their names of the Linux headers in comments;
-the system calls without a C wrapper have the same number on every architecture.
+Arguments: seconds, bytes of memory, 1 for namespaces or 0, the process that starts this one. Programs with their tests come on
+standard input, one after another, and for each an answer goes to standard output. Every program gets a keeper of its own: a
+fork of this process that leaves for fresh namespaces or picks a spare user, forks the process that runs the tests and one that
+runs the program, locks both up, and kills all that they have started. So programs share nothing but the start of Python.
+Tests and program talk as `remote.py` says. Constants carry their names of the Linux headers in comments; the system calls
+without a C wrapper have the same number on every architecture.
 """
 
 import ctypes
+import functools
+import importlib.util
 import os
 import select
 import signal
+import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+REPORT, CHANNEL = 3, 4  # file descriptors of a process that is locked up
+LOCKED_UP = b"locked up"
 
 
 def _call(name: str, *arguments: int | bytes | None) -> int:
@@ -78,7 +88,9 @@ def _enter_empty_root(folder: str) -> None:
     os.mkdir(root + b"/tmp")
     read_only = (7).to_bytes(8, sys.byteorder)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     _call("syscall", 442, -1, root, 0x8000, read_only + bytes(24), 32)  # mount_setattr, AT_RECURSIVE
-    _call("mount", b"none", root + b"/tmp", b"tmpfs", 6, b"mode=1777,size=16m,nr_inodes=1k")  # MS_NOSUID | MS_NODEV
+    _call(
+        "mount", b"none", root + b"/tmp", b"tmpfs", 14, b"mode=1777,size=16m,nr_inodes=1k"
+    )  # MS_NOSUID | MS_NODEV | MS_NOEXEC
     os.chroot(root)
     os.chdir("/tmp")
 
@@ -125,6 +137,7 @@ def _drop_privileges(uid: int) -> None:
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    _call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no process of the same user reads or changes this one
     _call("capset", (0x20080522).to_bytes(4, sys.byteorder) + bytes(4), bytes(24))  # _LINUX_CAPABILITY_VERSION_3
     _die_with_parent()
 
@@ -153,35 +166,74 @@ def _refuse_introspection(event: str, arguments: tuple) -> None:
         raise ImportError(f"{arguments[0]} is refused to generated code")
 
 
-def _execute(program: bytes) -> bytes:
-    """Run the program as the main module and return nothing to add to the secret."""
-    main = type(sys)("__main__")
-    sys.modules["__main__"] = main
+def _remote() -> ModuleType:
+    """`remote.py` beside this file, loaded by its path: a bare Python finds nothing of ours by name."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "remote.py")
+    spec = importlib.util.spec_from_file_location("remote", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    """A new module, which takes the place of this one as the main module."""
+    module = type(sys)(name)
+    sys.modules["__main__"] = sys.modules[name] = module
     sys.argv[:] = ["program.py"]
-    exec(compile(program, "<program>", "exec", dont_inherit=True), main.__dict__)
+    return module
+
+
+def _disarm() -> None:
+    """Take away from this process what generated code needs for nothing but mischief."""
+    for name in [name for name in sys.modules if "ctypes" in name]:
+        del sys.modules[name]
+    globals().pop("ctypes", None)
+    sys.addaudithook(_refuse_introspection)
+
+
+def _execute(tests: bytes, peer: object, names_for: Callable) -> bytes:
+    """Run the tests as the main module, with what they use of the program, and return nothing to add to the secret."""
+    main = _module("__main__")
+    if peer is not None:
+        peer.wait()
+        main.__dict__.update(names_for(tests.decode("utf-8"), peer))
+    exec(compile(tests, "<tests>", "exec", dont_inherit=True), main.__dict__)
     return b""
 
 
-def _attempt(program: bytes) -> None:
-    """Run the program; the secret comes in on file descriptor 0, and the outcome goes out on 3."""
-    for name in [name for name in sys.modules if "ctypes" in name]:
-        del sys.modules[name]
-    del globals()["ctypes"]
-    sys.addaudithook(_refuse_introspection)
+def _run_tests(tests: bytes, peer: object, names_for: Callable) -> None:
+    """Run the tests; the secret comes in on file descriptor 0, and the outcome goes out on 3."""
+    _disarm()
     try:
-        # While the program runs, the secret is on the interpreter's stack alone: no name or object leads to it.
+        # While the tests run, the secret is on the interpreter's stack alone: no name or object leads to it.
         # No secret comes from a keeper that died before this process could ask to die with it.
-        os.write(3, (os.read(0, 16) or os._exit(1)) + _execute(program))
+        os.write(3, (os.read(0, 16) or os._exit(1)) + _execute(tests, peer, names_for))
     except MemoryError:
         os.write(3, b"out of memory")
-    except BaseException as error:  # SystemExit too: the program did not reach its end
+    except BaseException as error:  # SystemExit too: the tests did not reach their end
         os.write(3, f"{type(error).__name__}: {error}"[:400].encode("utf-8", "replace"))
 
 
-def _kill_all(child: int, uid: int, namespaces: bool) -> int:
-    """Kill the program with all that it has started, and return how its first process ended."""
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
+def _serve_program(program: bytes, peer_of: Callable) -> None:
+    """Run the program, and then what its tests ask of it. It is not the main module, as in the field's harnesses."""
+    _disarm()
+    module = _module("program")
+    peer = peer_of(CHANNEL, module.__dict__)
+    try:
+        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:
+        peer.tell(error)
+        return
+    peer.tell(None)
+    peer.serve()
+
+
+def _kill_all(children: Sequence[int], uid: int, namespaces: bool) -> int:
+    """Kill tests and program with all that they have started, and return how the process of the tests, the last one of
+    the children, ended: the kernel ends the first process of a namespace when the others have been waited for."""
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
     while not namespaces:
         killer = os.fork()
         if killer == 0:
@@ -225,42 +277,70 @@ def _prepare_keeper(folder: str, namespaces: bool, uid: int) -> None:
         _call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def _start(program: bytes, folder: str, seconds: float, memory: int, namespaces: bool, uid: int) -> tuple[int, ...]:
-    """Start the process that runs the program; return it, where to send the secret and where the outcome arrives."""
-    null = os.open(os.devnull, os.O_RDWR)
-    secrets, send_secret = os.pipe()
-    outcomes, report = os.pipe()
+def _start_locked_up(run: Callable, descriptors: Sequence[int], limits: tuple) -> tuple[int, int]:
+    """Start a process that locks itself up and runs; return it and where its reports arrive. It has the descriptors, and
+    reports on number 3 of them. Ends this process where the other one could not be locked up."""
+    import fcntl  # Windows has none
+
+    arrives, report = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            _lock_up(folder, seconds, memory, namespaces, uid)
-            for source, target in ((secrets, 0), (null, 1), (null, 2), (report, 3)):
-                os.dup2(source, target)
-            os.closerange(4, 1024)
-            os.write(3, b"locked up")
-            _attempt(program)
+            _lock_up(*limits)
+            given = [*descriptors[:REPORT], report, *descriptors[REPORT:]]
+            for number, source in enumerate([fcntl.fcntl(source, fcntl.F_DUPFD, 16) for source in given]):
+                os.dup2(source, number)
+            os.closerange(len(given), 1024)
+            os.write(REPORT, LOCKED_UP)
+            run()
         except (OSError, ValueError) as error:
             os.write(report, f"{type(error).__name__}: {error}".encode())
         finally:
             os._exit(1)
-    os.close(secrets)
     os.close(report)
-    return child, send_secret, outcomes
+    if (answer := os.read(arrives, len(LOCKED_UP))) != LOCKED_UP:  # a program may have written more by now
+        sys.exit((answer + os.read(arrives, 4096)).decode("utf-8", "replace"))
+    return child, arrives
 
 
-def _keep(program: bytes, folder: str, seconds: float, memory: int, namespaces: bool) -> str:
-    """Run one program in a folder that is fresh, and return "passed seconds reason"."""
+def _start(program: bytes | None, tests: bytes, remote: ModuleType, limits: tuple) -> tuple[int, ...]:
+    """Start the tests, and the program if it is apart from them; return where to send the secret, where the outcome
+    arrives, and the processes, that of the tests last.
+
+    The tests come first: in a process namespace no other process can harm the first one, and all end with it.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    secrets, send_secret = os.pipe()
+    ours, theirs = socket.socketpair()
+
+    def run_tests() -> None:
+        peer = remote.Peer(CHANNEL) if program is not None else None
+        _run_tests(tests, peer, remote.names_for)
+
+    testing, outcomes = _start_locked_up(run_tests, (secrets, null, null, ours.fileno()), limits)
+    processes = [testing]
+    if program is not None:
+        serve = functools.partial(_serve_program, program, remote.Peer)
+        processes.insert(0, _start_locked_up(serve, (null, null, null, theirs.fileno()), limits)[0])
+    for end in (ours, theirs):
+        end.close()
+    os.close(secrets)
+    return send_secret, outcomes, *processes
+
+
+def _keep(
+    program: bytes | None, tests: bytes, folder: str, seconds: float, memory: int, namespaces: bool, remote: ModuleType
+) -> str:
+    """Judge one program in a folder that is fresh, and return "passed seconds reason"."""
     uid = _spare_user()
     _prepare_keeper(folder, namespaces, uid)
-    child, send_secret, outcomes = _start(program, folder, seconds, memory, namespaces, uid)
-    if (answer := os.read(outcomes, 4096)) != b"locked up":
-        sys.exit(answer.decode("utf-8", "replace"))
+    send_secret, outcomes, *processes = _start(program, tests, remote, (folder, seconds, memory, namespaces, uid))
     secret, start = os.urandom(16), time.monotonic()
     os.write(send_secret, secret)
     os.close(send_secret)
     ready = select.select([outcomes], [], [], seconds)[0]
     message, elapsed = os.read(outcomes, 4096) if ready else None, time.monotonic() - start
-    status = _kill_all(child, uid, namespaces)
+    status = _kill_all(processes, uid, namespaces)
     if not namespaces:  # there the folder is on disk, and only rm copes with a tree of any depth
         os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--", folder], {}), 0)
     passed = message == secret
@@ -274,19 +354,19 @@ def _answer(text: str) -> None:
 
 
 def _serve(seconds: float, memory: int, namespaces: bool, caller: int) -> None:
-    """Answer each request (a line "length folder", then the program) with "passed seconds reason", or with "! reason"
-    where the program could not be isolated."""
+    """Answer each request (a line "length length folder", the program, its tests) with "passed seconds reason", or with
+    "! reason" where the program could not be isolated. A length of -1: there is no program apart from the tests."""
     _live_no_longer_than(caller)
     __import__("resource")  # here, so that not every fork loads it
-    supervisor = os.getpid()
+    remote, supervisor = _remote(), os.getpid()
     while header := sys.stdin.buffer.readline():
-        length, folder = header.decode().rstrip("\n").split(" ", 1)
-        program = sys.stdin.buffer.read(int(length))
+        *lengths, folder = header.decode().rstrip("\n").split(" ", 2)
+        program, tests = (sys.stdin.buffer.read(int(length)) if length != "-1" else None for length in lengths)
         keeper = os.fork()
         if keeper == 0:
             try:
                 _live_no_longer_than(supervisor)
-                _answer(_keep(program, folder, seconds, memory, namespaces))
+                _answer(_keep(program, tests, folder, seconds, memory, namespaces, remote))
             except SystemExit as error:
                 _answer(f"! {error}")
             except Exception as error:  # whatever it is, the program was not judged

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord
+from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord, TaskOverlap
 
 
 _HERE = Path(__file__).parent
@@ -23,10 +23,11 @@ def template_path() -> Path:
     return packaged if packaged.exists() else _HERE.parents[1] / "model_card_template.md"
 
 
-def render(run: RunRecord, repo_id: str | None = None) -> str:
-    """The card as Markdown with its metadata; `repo_id` is where the model will live, if that is known."""
+def render(run: RunRecord, repo_id: str | None = None, pictures: Sequence[str] = ()) -> str:
+    """The card as Markdown with its metadata; `repo_id` is where the model will live, if that is known, and `pictures` are
+    the files beside the card that show what was kept."""
     values = {
-        "title": _title(run),
+        "title": title(run),
         "base_link": _base_link(run),
         "load_id": repo_id or "path/to/this/folder",
         "method": METHOD_NAMES[run.prune.method],
@@ -37,10 +38,12 @@ def render(run: RunRecord, repo_id: str | None = None) -> str:
         "loss": _loss(run),
         "capabilities": _capability_rows(run),
         "total": _total(run),
+        "pictures": [name for name in pictures if name.endswith("-light.png")],
         "not_measured": sorted(run.capabilities.not_measured.items()) if run.capabilities else [],
         "perplexity": run.perplexity if run.perplexity and run.perplexity.sparse is not None else None,
         "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
         "upper_bound": upper_bound(run),
+        "overlaps": [_overlap_row(run, entry) for entry in run.overlaps],
         "zeros": f"{run.prune.zeros:,}",
         "weights": f"{run.prune.weights:,}",
         "share": _percent(run.prune.zeros / run.prune.weights, 2),
@@ -104,7 +107,7 @@ def _layer_row(name: str, layers: Sequence[LayerReport]) -> dict[str, str]:
     }
 
 
-def _title(run: RunRecord) -> str:
+def title(run: RunRecord) -> str:
     return f"{run.base.name} at {_sparsity(run)}"
 
 
@@ -137,7 +140,7 @@ def _metadata(run: RunRecord) -> ModelCardData:
         language=list(run.base.language) or None,
         tags=["calibprune", "pruned", "sparse", run.prune.method],
         datasets=sorted({s.repo for s in run.sources if s.repo and s.name in run.mix.shares}) or None,
-        model_name=_title(run),
+        model_name=title(run),
         eval_results=_eval_results(run) or None,
     )
 
@@ -209,6 +212,19 @@ def _source_row(run: RunRecord, source: CalibrationSource) -> dict[str, str]:
         "licence": source.licence or _unstated_licence(source),
         "perplexity": f"{profile.perplexity:.1f}",
         "duplicates": _percent(profile.duplicate_rate),
+    }
+
+
+def _overlap_row(run: RunRecord, entry: TaskOverlap) -> dict[str, str]:
+    written = {source.name for source in run.sources if source.written}
+    bound = {source.name for source in run.sources if source.upper_bound}
+    why = {name: " (written by the model)" if name in written else " (upper bound)" for name in written | bound}
+    return {
+        "task": entry.task,
+        "count": str(entry.items),
+        "overlapping": f"{entry.overlapping} ({_percent(entry.overlapping / entry.items)})",
+        "short": str(entry.short),
+        "sources": ", ".join(f"{name} {count}{why.get(name, '')}" for name, count in entry.sources.items()),
     }
 
 

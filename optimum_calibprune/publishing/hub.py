@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records import CalibrationSet, Mix, RunRecord, Scores
-from .card import render
+from . import pictures, plots
+from .card import render, title
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 RECORD_NAME = "calibprune.json"
 CALIBRATION_NAME = "calibration.safetensors"
 SCORES_FOLDER = "scores"
+FIGURES_FOLDER = "figures"
 
 
 def check_output(folder: str | Path, overwrite: bool, needed_bytes: int = 0) -> None:
@@ -59,8 +61,8 @@ def save_run(
     repo_id: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes tokenizer, records and card to `folder`, and the checkpoint with `write_model`; a crash leaves the folder as it
-    was, or complete."""
+    """Writes tokenizer, records, card and, with matplotlib, its pictures to `folder`, and the checkpoint with `write_model`; a
+    crash leaves the folder as it was, or complete."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -77,7 +79,11 @@ def save_run(
                 raise
             raise OSError(f"{folder} could not be written: {error}") from error
         (new / RECORD_NAME).write_text(run.to_json(), encoding="utf-8")
-        (new / "README.md").write_text(render(run, repo_id), encoding="utf-8")
+        drawn = []
+        if run.capabilities is not None and plots.available():
+            drawn = pictures.draw(new / FIGURES_FOLDER, title(run), run.capabilities, scores)
+        names = [path.relative_to(new).as_posix() for path in drawn]
+        (new / "README.md").write_text(render(run, repo_id, names), encoding="utf-8")
         for name, measured in scores.items():
             (new / SCORES_FOLDER).mkdir(exist_ok=True)
             (new / SCORES_FOLDER / f"{name}.json").write_text(measured.to_json(), encoding="utf-8")
@@ -93,6 +99,32 @@ def save_calibration(folder: Path, calibration: CalibrationSet, mix: Mix) -> Non
         (new / "mix.json").write_text(mix.to_json(), encoding="utf-8")
         rows = [row.to_dict() for row in calibration.rows]
         (new / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def load_scores(run: str | Path, *, token: str | None = None) -> dict[str, Scores]:
+    """The scores that a run was saved with, of the model before ("dense") and after ("sparse"), from its folder or from the
+    repo of that name on the Hub. Raises `FileNotFoundError` where there are none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    found = {}
+    for name in ("dense", "sparse"):
+        path = f"{SCORES_FOLDER}/{name}.json"
+        try:
+            file = Path(run) / path if Path(run).exists() else Path(hf_hub_download(str(run), path, token=token))
+            found[name] = Scores.from_json(file.read_text(encoding="utf-8"))
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(f"{run} is no folder here, and the Hub cannot be reached.") from error
+        except (FileNotFoundError, NotADirectoryError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+            raise FileNotFoundError(
+                f"{run} has no {path}: name the folder, or the repo, of a run whose capabilities were measured."
+            ) from None
+    return found
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How figures look: a heat map, intervals in a row, correlations, curves. Plain numbers in, PNG files out."""
+"""How figures look: bars, a heat map, intervals in a row, correlations, curves. Plain numbers in, PNG or SVG files out."""
 
 from __future__ import annotations
 
 import importlib.util
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float] | Sequence[float] | None
 
-# Okabe and Ito 2008, some of them darker so that they can be read as text: told apart with any kind of colour vision.
+# Okabe and Ito 2008, some of them darker so that they can be read as text: told apart without telling red from green.
 COLOURS = {"general": "#0072B2", "commonsense": "#C65500", "code": "#00805D", "math": "#A8548A"}  # everywhere the same
 LINES = ("#0072B2", "#D55E00", "#009E73", "#A8548A", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT, PAPER = "#222222", "#8A8A8A", "#FFFFFF"
+GRID, NOTE = "#E4E4E4", "#555555"
 DPI = 200
 MISSING = (
     "Figures need matplotlib: run `pip install 'optimum-calibprune[plots]'` and then the same command again, which repeats "
@@ -29,9 +30,48 @@ MISSING = (
 )
 
 
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a figure: for a light page, or for a dark one."""
+
+    ink: str = INK
+    faint: str = FAINT
+    paper: str = PAPER
+    grid: str = GRID
+    note: str = NOTE
+    capabilities: Mapping[str, str] = field(default_factory=lambda: COLOURS)
+
+
+# On dark the lighter ones of Okabe and Ito.
+ON_DARK = {"general": "#56B4E9", "commonsense": "#E69F00", "code": "#1FBF8F", "math": "#CC79A7"}
+THEMES = {"light": Theme(), "dark": Theme("#E6EDF3", "#8B949E", "#0D1117", "#30363D", "#A5ADB6", ON_DARK)}
+
+
 def available() -> bool:
     """Whether figures can be drawn here; where not, `MISSING` says what to do."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A labelled share with its interval; without a value, `text` says why. `capability` gives it its colour."""
+
+    label: str
+    value: float | None
+    interval: Interval = None
+    capability: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A share before and after, and that of guessing; `capability` gives it its colour."""
+
+    label: str
+    before: float
+    after: float
+    chance: float = 0.0
+    capability: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +86,55 @@ class Point:
 
 
 # ---------------------------------------------------------------------------------------------- figures
+
+
+def bars(
+    path: Path, title: str, axis: str, rows: Sequence[Bar], note: str = "", theme: Theme = THEMES["light"]
+) -> Path:
+    """Shares as bars under each other, in per cent, with their intervals and numbers, and a line at 100 per cent."""
+    axes, figure = _rows(title, axis, [row.label for row in rows], note, theme, room=1.55)
+    ends = [end for row in rows for end in (row.value, *(row.interval or ())) if end is not None]
+    axes.set_xlim(0, 104 * max([1.0, *ends]))
+    for i, row in enumerate(rows):
+        if row.value is None:
+            axes.text(1, i, row.text, va="center", fontsize=9, color=theme.faint, backgroundcolor=theme.paper)
+            continue
+        axes.barh(i, 100 * row.value, 0.62, color=theme.capabilities.get(row.capability, theme.faint), zorder=2)
+        text = f"{100 * row.value:.1f}"
+        if row.interval is not None:
+            low, high = (100 * end for end in row.interval)
+            for colour, width in ((theme.paper, 4.5), (theme.ink, 1.8)):  # a rim, so that it is seen on the bar
+                axes.plot((low, high), (i, i), color=colour, linewidth=width, solid_capstyle="butt", zorder=4)
+            text += f"  ({low:.1f} to {high:.1f})"
+        _beside(axes, i, text, theme)
+    axes.axvline(100, color=theme.ink, linewidth=1.2, linestyle=(0, (4, 2)), zorder=3)
+    axes.annotate(
+        "dense", (100, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center",
+        fontsize=9, color=theme.ink,
+    )  # fmt: skip
+    _title(figure, title, note, theme)
+    return _saved(figure, path)
+
+
+def pairs(
+    path: Path, title: str, axis: str, rows: Sequence[Pair], note: str = "", theme: Theme = THEMES["light"]
+) -> Path:
+    """Shares before (hollow) and after (filled), a line between them, and a tick at the score of guessing."""
+    axes, figure = _rows(title, axis, [row.label for row in rows], note, theme, room=1.0)
+    axes.set_xlim(-2, 102)
+    for i, row in enumerate(rows):
+        colour = theme.capabilities.get(row.capability, theme.faint)
+        before, after = 100 * row.before, 100 * row.after
+        axes.plot((before, after), (i, i), color=colour, linewidth=1.8, zorder=2)
+        axes.plot(
+            [before], [i], "o", color=colour, markersize=7, markeredgewidth=1.6, markerfacecolor=theme.paper, zorder=3
+        )
+        axes.plot([after], [i], "o", color=colour, markersize=7, zorder=4)
+        if row.chance > 0:
+            axes.plot([100 * row.chance] * 2, (i - 0.3, i + 0.3), color=theme.ink, linewidth=1.2, zorder=1)
+        _beside(axes, i, f"{before:.1f} → {after:.1f}", theme)
+    _title(figure, title, note, theme)
+    return _saved(figure, path)
 
 
 def heat_map(
@@ -205,14 +294,38 @@ def curves(
 # ------------------------------------------------------------------------------------------------- style
 
 
-def _figure(width: float, height: float, *, above: float, below: float, note: str) -> tuple[Figure, float]:
+def _rows(title: str, axis: str, labels: Sequence[str], note: str, theme: Theme, room: float) -> tuple[Axes, Figure]:
+    """Axes with a row for each label, and room on the right, in inches, for what stands beside them."""
+    left, wide, high = _width(labels) + 0.4, 3.9, 0.34
+    figure, bottom = _figure(left + wide + room, high * len(labels), above=0.62, below=0.5, note=note, theme=theme)
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, bottom / height, wide / width, high * len(labels) / height))
+    axes.set_facecolor(theme.paper)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(axis)
+    _plain(axes, grid="x", theme=theme)
+    return axes, figure
+
+
+def _beside(axes: Axes, row: float, text: str, theme: Theme) -> None:
+    """Text on the right of a row."""
+    axes.annotate(
+        text, (1, row), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
+        fontsize=9, color=theme.ink,
+    )  # fmt: skip
+
+
+def _figure(
+    width: float, height: float, *, above: float, below: float, note: str, theme: Theme = THEMES["light"]
+) -> tuple[Figure, float]:
     """A figure for axes of `height`, with room above for the title and below for the axis and the note, in inches; and
     where the axes begin. Without pyplot, so that nothing outside the figure changes and no display is needed."""
     from matplotlib.figure import Figure
 
     lines = len(_wrapped(note, width))
     below += 0.14 * lines + (0.12 if lines else 0)
-    return Figure((width, above + height + below), facecolor=PAPER), below
+    return Figure((width, above + height + below), facecolor=theme.paper), below
 
 
 def _wrapped(note: str, width: float) -> list[str]:
@@ -255,24 +368,30 @@ def _whisker(axes: Axes, value: float, row: float, ends: Sequence[float], colour
     axes.plot([value], [row], "o", color=colour, markersize=6.5, markeredgewidth=1.5, markerfacecolor=face, zorder=3)
 
 
-def _plain(axes: Axes, grid: str) -> None:
+def _plain(axes: Axes, grid: str, theme: Theme = THEMES["light"]) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.tick_params(length=0, labelsize=9, colors=INK)
-    axes.xaxis.label.set(fontsize=9, color=INK)
-    axes.grid(axis=grid, color="#E4E4E4", linewidth=0.7)
+    axes.spines["bottom"].set_color(theme.faint)
+    axes.tick_params(length=0, labelsize=9, colors=theme.ink)
+    axes.xaxis.label.set(fontsize=9, color=theme.ink)
+    axes.grid(axis=grid, color=theme.grid, linewidth=0.7)
     axes.set_axisbelow(True)
 
 
-def _title(figure: Figure, title: str, note: str) -> None:
+def _title(figure: Figure, title: str, note: str, theme: Theme = THEMES["light"]) -> None:
     width, height = figure.get_size_inches()
-    figure.text(0.12 / width, 1 - 0.12 / height, title, ha="left", va="top", fontsize=11, weight="bold", color=INK)
+    figure.text(
+        0.12 / width, 1 - 0.12 / height, title, ha="left", va="top", fontsize=11, weight="bold", color=theme.ink
+    )
     text = "\n".join(_wrapped(note, width))
-    figure.text(0.12 / width, 0.1 / height, text, ha="left", va="bottom", fontsize=8, color="#555555")
+    figure.text(0.12 / width, 0.1 / height, text, ha="left", va="bottom", fontsize=8, color=theme.note)
 
 
 def _saved(figure: Figure, path: Path) -> Path:
+    from matplotlib import rc_context
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": ""})
+    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": ""}
+    with rc_context({"svg.hashsalt": path.stem}):  # the same numbers make the same bytes
+        figure.savefig(path, dpi=DPI, metadata=metadata)
     return path

@@ -24,6 +24,7 @@ OPTIONS = (
     "damping",
     "seed",
     "dtype",
+    "max_overlap",
 )
 ALWAYS = ("sparsity", "mix", "samples", "length", "seed")
 

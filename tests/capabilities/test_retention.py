@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from optimum_calibprune.capabilities.retention import capability_report, draws_report
 from optimum_calibprune.records import CapabilityReport, Scores, TaskScore
+
+
+BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "coverage.py"))
 
 
 def scores(*tasks: tuple[str, str, float, object]) -> Scores:
@@ -74,15 +80,17 @@ def test_items_are_paired() -> None:
     assert width(same) < 0.6 * width(other)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """200 simulated pairs: dense right with 0.8, and then sparse right with 0.6, so that the true retention is 0.6."""
-    generator, covered = np.random.default_rng(0), 0
-    for _ in range(200):
-        dense = generator.random(200) < 0.8
-        sparse = dense & (generator.random(200) < 0.6)
-        entry = capability_report(scores(("a", "code", 0, dense)), scores(("a", "code", 0, sparse))).capabilities[0]
-        covered += entry.interval[0] <= 0.6 <= entry.interval[1]
-    assert 0.90 <= covered / 200 <= 0.985
+@pytest.mark.parametrize("setting", ["50 items", "100 items, hardly anything lost", "as HumanEval of a small model"])
+def test_the_interval_covers_the_truth_in_93_to_97_of_100_trials(setting: str) -> None:
+    found = BENCHMARK["coverage"](BENCHMARK["RETENTION"][setting], trials=1000)
+    assert found["intervals"] > 980
+    assert 0.93 <= found["covered"] <= 0.97
+
+
+def test_the_interval_of_a_difference_covers_the_truth_in_93_to_97_of_100_trials() -> None:
+    found = BENCHMARK["difference_coverage"](*BENCHMARK["DIFFERENCES"]["100 items"], trials=1000)
+    assert found["intervals"] == 1000
+    assert 0.93 <= found["covered"] <= 0.97
 
 
 def test_two_levels_are_wider_than_one_where_draws_differ() -> None:

@@ -333,7 +333,7 @@ def test_a_program_dies_with_the_process_that_runs_it(level: Isolation, open_fol
 import sys
 sys.path.insert(0, {str(Path(sandbox.__file__).parents[2])!r})
 from optimum_calibprune.capabilities import sandbox, supervisor
-sandbox._judge("while True: pass", 60, {MEMORY}, {level.namespaces})
+sandbox._judge((None, "while True: pass"), 60, {MEMORY}, {level.namespaces})
 """
     with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(open_folder)}) as caller:
         deadline = time.monotonic() + 20
@@ -348,7 +348,7 @@ def test_a_supervisor_whose_caller_has_died_already_runs_nothing() -> None:
     program = b"print('ran')"
     done = subprocess.run(
         [sys.executable, "-I", "-S", supervisor.__file__, "5", str(MEMORY), "0", str(os.getppid())],
-        input=f"{len(program)} /tmp\n".encode() + program,
+        input=f"-1 {len(program)} /tmp\n".encode() + program,
         capture_output=True,
         timeout=60,
     )
@@ -507,9 +507,9 @@ def test_equal_programs_run_once_and_slow_ones_again(level: Isolation, monkeypat
     judged: list[str] = []
     judge = sandbox._Supervisor.judge
 
-    def spy(supervisor: sandbox._Supervisor, program: str) -> Verdict:
-        judged.append(program)
-        return judge(supervisor, program)
+    def spy(supervisor: sandbox._Supervisor, job: sandbox.Job) -> Verdict:
+        judged.append(job[1])
+        return judge(supervisor, job)
 
     monkeypatch.setattr(sandbox._Supervisor, "judge", spy)
     mark = f"# {time.monotonic()}\n"
@@ -527,7 +527,8 @@ def test_equal_programs_run_once_and_slow_ones_again(level: Isolation, monkeypat
 def test_only_the_latest_verdicts_are_kept() -> None:
     kept, limits = sandbox._Verdicts(2), (1.0, 1, True)
     for program in ("a", "b", "c"):
-        kept.keep({program: Verdict(True, "passed", 0.1)}, limits)
-    assert kept.recall("a", limits) is None
-    assert kept.recall("c", limits) == Verdict(True, "passed", 0.1)
-    assert kept.recall("c", (2.0, 1, True)) is None
+        kept.keep({(program, "tests"): Verdict(True, "passed", 0.1)}, limits)
+    assert kept.recall(("a", "tests"), limits) is None
+    assert kept.recall(("c", "tests"), limits) == Verdict(True, "passed", 0.1)
+    assert kept.recall(("c", "others"), limits) is None
+    assert kept.recall(("c", "tests"), (2.0, 1, True)) is None

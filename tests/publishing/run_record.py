@@ -20,6 +20,7 @@ from optimum_calibprune.records import (
     SampleProfile,
     SourceProfile,
     Sparsity,
+    TaskOverlap,
     Untouched,
 )
 
@@ -93,4 +94,5 @@ def example() -> RunRecord:
         hardware={"cores": "2"},
         seconds={"prune": 1.25},
         peak_memory=2**30,
+        overlaps=(TaskOverlap("some_code", 400, 3, 12, {"c4": 3, "notes": 40}),),
     )
