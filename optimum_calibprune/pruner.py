@@ -255,9 +255,9 @@ class CalibPruner:
             text = self._ranks.once(self._perplexity_text)
             choice = self._kept(Choice, lambda: self.choose_calibration(on_progress=on_progress))
             self.calibration = choice.calibration
+            overlaps = self._overlaps(choice)
         if journal is not None:
             journal.expect("calibration", self.calibration.fingerprint)
-            overlaps = self._overlaps(choice)
         with _timed(seconds, "measure dense"):
             dense = dense_scores or self._kept(Scores, lambda: self._measure("measure dense", on_progress))
             before = self._kept(PerplexityReport, lambda: self._dense_perplexity(text, on_progress))
