@@ -19,10 +19,9 @@ from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
-from .capabilities.score import measure
+from .capabilities.score import Prepared, measure, prepare
 from .choices import (
     LENGTH,
-    NO_SUITE,
     SAMPLES,
     Sources,
     choose_perplexity_text,
@@ -42,6 +41,7 @@ from .records import (
     BaseModel,
     CalibPruneConfig,
     CalibrationSet,
+    CapabilityReport,
     LayerReport,
     PerplexityReport,
     Plan,
@@ -98,7 +98,8 @@ class CalibPruner:
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
-        self._tasks = choose_tasks(self.config)
+        self._measurement = choose_tasks(self.config)
+        self._prepared: Prepared | None = None
         self._sources = choose_sources(self.config, listed(sources))
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         blocks.check_model(self.model, self.config.sparsity)
@@ -157,7 +158,7 @@ class CalibPruner:
         config = reproduce.public_config(self.config, self.base, sources)
         wanted = mixes.windows_wanted(config.mix, sources, config.samples or SAMPLES)
         written = sum(wanted.get(source.name, 0) for source in sources if source.written)
-        capabilities = [name for name in CAPABILITIES if name in {task.capability for task in self._tasks}]
+        capabilities = self._measurement.capabilities
         return make_plan(self.model, config, self._groups, sorted(wanted), written, capabilities)
 
     def prune(
@@ -181,7 +182,8 @@ class CalibPruner:
         sources = [entry.source for entry in self._sources]
         seconds: dict[str, float] = {}
         plan = self.plan()
-        with _timed(seconds, "calibrate"):  # first, since text that cannot be had is the likeliest failure
+        with _timed(seconds, "calibrate"):  # first, since data that cannot be had is the likeliest failure
+            self._tasks()
             text = self._perplexity_text()
             choice = self.choose_calibration(on_progress=on_progress)
             self.calibration = choice.calibration
@@ -208,7 +210,7 @@ class CalibPruner:
             rows=self.calibration.rows,
             fingerprint=self.calibration.fingerprint,
             prune=prune,
-            capabilities=capability_report(dense, sparse),
+            capabilities=_report(dense, sparse),
             perplexity=text.filled(before, after) if text is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self.model.device),
@@ -219,7 +221,12 @@ class CalibPruner:
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
-        wanted = {task.name for task in self._tasks if task.capability not in given.not_measured}
+        left_out = {*given.not_measured, *given.missing_tasks}
+        wanted = {
+            task.name
+            for task in self._tasks().tasks
+            if task.name in measured or not left_out & {task.name, task.capability}
+        }
         if measured != wanted:
             raise ValueError(
                 f"dense_scores are of {', '.join(sorted(measured)) or 'no task'}; this run measures "
@@ -301,14 +308,29 @@ class CalibPruner:
         text = self._perplexity_text()
         return text.filled(self._perplexity(text, on_progress), None) if text is not None else None
 
+    def _tasks(self) -> Prepared:
+        """The tasks with their data, which is read once."""
+        if self._prepared is None:
+            chosen = self._measurement
+            self._prepared = prepare(chosen.tasks, required=chosen.required, token=self.token)
+            self._prepared.missing |= chosen.refused
+        return self._prepared
+
     def _measure(self, stage: str, on_progress: Progress | None) -> Scores:
-        reason = NO_SUITE if not self.is_pocket else "not asked for"
-        asked = {task.capability for task in self._tasks}
-        missing = {name: reason for name in CAPABILITIES if name not in asked}
-        if not self._tasks:
-            return Scores((), missing)
-        found = measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
-        return Scores(found.tasks, missing | found.not_measured)
+        tasks = self._tasks()
+        asked = {*self._measurement.capabilities, *(capability for capability, _ in tasks.missing.values())}
+        missing = {name: "not asked for" for name in CAPABILITIES if name not in asked}
+        if not tasks.tasks:
+            return Scores((), missing | tasks.not_measured(())[0])
+        found = measure(
+            self.model,
+            self.tokenizer,
+            tasks,
+            on_progress=_stage(on_progress, stage),
+            required=self._measurement.required,
+            keep=True,
+        )
+        return replace(found, not_measured=missing | found.not_measured)
 
     def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source
@@ -391,6 +413,12 @@ class CalibPruner:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def _report(dense: Scores, sparse: Scores) -> CapabilityReport:
+    """Retention, with the tasks that are missing among what was not measured."""
+    report = capability_report(dense, sparse)
+    return replace(report, not_measured=report.not_measured | dense.missing_tasks)
 
 
 @contextmanager
