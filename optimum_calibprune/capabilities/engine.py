@@ -187,18 +187,22 @@ class Engine(HFLM):
 
     def _score(self, choices: dict[Tokens, list[Tokens]]) -> dict[Pair, Answer]:
         """Of prompts that have the same length; all their choices go on from one computation of them."""
-        pairs = [(prompt, choice) for prompt, some in choices.items() for choice in some]
-        rows = self._tensor([row for row, some in enumerate(choices.values()) for _ in some])
-        targets = self._padded([choice for _, choice in pairs], -1)  # [pairs, longest choice]
         keep = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
         output = self.model(input_ids=self._tensor(list(choices)), use_cache=True, **keep)
-        logits = output.logits[:, -1:][rows]
-        if targets.shape[1] > 1:
-            output.past_key_values.reorder_cache(rows)
-            inputs = targets[:, :-1].clamp(min=0)
-            more = self.model(input_ids=inputs, past_key_values=output.past_key_values, use_cache=True).logits
-            logits = torch.cat([logits, more], dim=1)  # [pairs, longest choice, vocabulary]
-        return _answers(pairs, logits, targets)
+        rows = {prompt: row for row, prompt in enumerate(choices)}
+        found: dict[Pair, Answer] = {}
+        for pairs in _of_similar_length([(prompt, choice) for prompt, some in choices.items() for choice in some]):
+            chosen = self._tensor([rows[prompt] for prompt, _ in pairs])
+            targets = self._padded([choice for _, choice in pairs], -1)  # [pairs, longest choice]
+            logits = output.logits[:, -1:][chosen]
+            if targets.shape[1] > 1:
+                cache = copy.deepcopy(output.past_key_values)
+                cache.reorder_cache(chosen)
+                inputs = targets[:, :-1].clamp(min=0)
+                more = self.model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+                logits = torch.cat([logits, more], dim=1)  # [pairs, longest choice, vocabulary]
+            found |= _answers(pairs, logits, targets)
+        return found
 
     def _score_whole(self, pairs: Sequence[Pair]) -> dict[Pair, Answer]:
         """Of prompts of any length, padded on the right, where no token before the padding sees it."""
@@ -237,6 +241,17 @@ def _answers(pairs: Sequence[Pair], logits: torch.Tensor, targets: torch.Tensor)
     """From logits `[pairs, longest choice, vocabulary]` and the ids of the choices `[pairs, longest choice]`, -1 after them."""
     padded = targets < 0
     greedy = ((logits.argmax(dim=2) == targets) | padded).all(dim=1)
-    logits = logits.log_softmax(dim=2, dtype=torch.float32)
-    likelihoods = logits.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0].masked_fill(padded, 0).sum(dim=1)
+    of_choice = logits.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0].float()
+    likelihoods = (of_choice - logits.float().logsumexp(dim=2)).masked_fill(padded, 0).sum(dim=1)
     return dict(zip(pairs, zip(likelihoods.tolist(), greedy.tolist(), strict=True), strict=True))
+
+
+def _of_similar_length(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """The pairs by the length of their choices, parted so that padding stays below a fourth of the tokens or so."""
+    group: list[Pair] = []
+    for pair in sorted(pairs, key=lambda pair: len(pair[1])):
+        if group and len(pair[1]) > 1.25 * len(group[0][1]) + 2:
+            yield group
+            group = []
+        group.append(pair)
+    yield group

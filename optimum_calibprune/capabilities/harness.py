@@ -31,7 +31,7 @@ MATH = "it needs lm-eval's packages for mathematics: pip install 'optimum-calibp
 @dataclass
 class Loaded:
     """A benchmark with its data. `parts` are tasks of lm-eval, one or, of MMLU, one a subject; `data` says where the items
-    are from."""
+    are from; `drawn` names the indices of the items that are asked, by part."""
 
     benchmark: Benchmark
     parts: list[ConfigurableTask]
@@ -55,13 +55,14 @@ class Loaded:
 
     def __post_init__(self) -> None:
         """Builds the requests, in the order of the items."""
-        drawn = [(part, items) for part, items in zip(self.parts, self._drawn(), strict=True) if items]
+        drawn = [(part, items) for part, items in zip(self.parts, self._draw(), strict=True) if items]
         for part, items in drawn:
             part.set_fewshot_seed(EXAMPLES_SEED)
             part.build_all_requests(samples=items)
         self.parts = [part for part, _ in drawn]
+        self.drawn = {part.config.task: items for part, items in drawn}
 
-    def _drawn(self) -> list[list[int]]:
+    def _draw(self) -> list[list[int]]:
         """The indices of each part's items: all, or as many as the limit allows, drawn by a fixed seed."""
         places = [(p, i) for p, part in enumerate(self.parts) for i in range(len(part.eval_docs))]
         limit = self.benchmark.limit
