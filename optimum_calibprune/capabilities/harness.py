@@ -278,6 +278,8 @@ def _tasks(configs: list[dict[str, Any]], own: bool) -> list[ConfigurableTask]:
     except (OSError, DatasetsError) as error:
         import huggingface_hub
 
+        if "/" not in str(repo):  # a user's own files
+            raise ValueError(f"{repo} cannot be had here: {' '.join(str(error).split())}") from error
         if huggingface_hub.is_offline_mode():
             raise ValueError(f"{repo} cannot be had here (HF_HUB_OFFLINE is set)") from error
         raise ConnectionError(f"{repo} cannot be had here: {' '.join(str(error).split())}") from error

@@ -48,7 +48,7 @@ def stock(task: Loaded, name: str) -> list[dict[str, Any]]:
     lm = HFLM(pretrained=loaded_model, tokenizer=tokenizer, batch_size=8, device="cpu")
     found = evaluate(lm=lm, task_dict={"tasks": parts}, samples=fresh.drawn, bootstrap_iters=0, log_samples=True)
     logged = [sample for part in parts for sample in found["samples"][part]]
-    metric, _, chosen = task.benchmark.metric.partition(",")
+    chosen = task.benchmark.metric.partition(",")[2]
     return [sample for sample in logged if chosen in ("", sample["filter"])]
 
 
