@@ -184,7 +184,7 @@ def load(benchmark: Benchmark, token: str | None = None) -> Loaded:
         for config in configs if token else ():
             config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "token": token}
     try:
-        return Loaded(benchmark, _tasks(configs, own), data)
+        return Loaded(benchmark, _tasks(configs), data)
     except AssertionError as error:  # lm-eval's word on a data set that does not do
         raise ValueError(f"lm-eval cannot ask it: {error}") from error
 
@@ -268,7 +268,7 @@ def _redirected(splits: dict[str, list[task_data.Row]], needed: bool) -> dict[st
     }
 
 
-def _tasks(configs: list[dict[str, Any]], own: bool) -> list[ConfigurableTask]:
+def _tasks(configs: list[dict[str, Any]]) -> list[ConfigurableTask]:
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
@@ -283,7 +283,5 @@ def _tasks(configs: list[dict[str, Any]], own: bool) -> list[ConfigurableTask]:
         if huggingface_hub.is_offline_mode():
             raise ValueError(f"{repo} cannot be had here (HF_HUB_OFFLINE is set)") from error
         raise ConnectionError(f"{repo} cannot be had here: {' '.join(str(error).split())}") from error
-    except Exception as error:  # lm-eval tells of a bad task by any exception there is
-        if not own:
-            raise
+    except Exception as error:  # lm-eval tells of a task and data that do not fit by any exception there is
         raise ValueError(f"lm-eval cannot read it: {' '.join(str(error).split()) or type(error).__name__}") from error
