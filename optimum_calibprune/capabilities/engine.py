@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from ..calibration.writer import continue_rows, end_tokens
+from ..calibration.writer import continue_rows, end_tokens, places
 
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKENS = {"cpu": 4096, "cuda": 16384}  # in one forward; on a CPU more does not make it faster
+SHARED_TOKENS = 64  # at the beginning of prompts, from which on it pays to compute them once
 WRITTEN_TOKENS = 2**15  # prompts and texts of one batch, which bound its key-value cache
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]  # prompt and choice
@@ -37,8 +38,8 @@ Wish = tuple[str, tuple[str, ...], int]  # prompt, where its text stops, how man
 class Engine(HFLM):
     """Answers the requests of lm-eval's tasks as `HFLM` does, up to rounding; what it does not override is `HFLM`'s.
 
-    Log-likelihoods: prompts of one length go through the model together, so nothing is padded, and their choices
-    continue from its cache; where a state carries the text on (Mamba, Qwen3-Next), prompt and choice are computed in one
+    Log-likelihoods: prompts of similar length go through the model together, from the cache of the tokens that they begin
+    with, and their choices continue from theirs; where a state carries the text on (Mamba, Qwen3-Next), prompt and choice are computed in one
     go. Texts: greedy, in batches that are padded on the left. The longest come first. A batch that does not fit into GPU
     memory is halved, and so are those after it.
 
@@ -49,8 +50,11 @@ class Engine(HFLM):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         own = copy.deepcopy(tokenizer)  # HFLM gives a tokenizer without padding token one, which must not be saved
         super().__init__(pretrained=model, tokenizer=own, softmax_dtype="float32", device=str(model.device))
-        self._accepted = set(inspect.signature(model.forward).parameters)
-        self._continues = not (model._is_stateful or any(DynamicCache(config=model.config).is_linear))
+        cache = DynamicCache(config=model.config)
+        self._continues = not (model._is_stateful or any(cache.is_linear))
+        self._shares = not any(cache.is_sliding)  # in whose windows padding between beginning and rest would count
+        accepted = inspect.signature(model.forward).parameters
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._ends = set(end_tokens(model, tokenizer))
         self._tokens = TOKENS.get(self.device.type, TOKENS["cuda"])
         self._share = 1.0  # of a full batch, halved when memory runs out
@@ -91,18 +95,18 @@ class Engine(HFLM):
     # ------------------------------------------------------------------------------------------- batches
 
     def _continued(self, pairs: set[Pair]) -> Iterator[dict[Pair, Answer]]:
-        """Batches of prompts of one length, with all their choices."""
+        """Batches of prompts of similar length, with all their choices; what many begin with is computed once."""
         choices: dict[Tokens, list[Tokens]] = {}
         for prompt, choice in sorted(pairs):
             choices.setdefault(prompt, []).append(choice)
-        for length in sorted({len(prompt) for prompt in choices}, reverse=True):
-            prompts = [prompt for prompt in choices if len(prompt) == length]
-            widest = max(max(map(len, choices[prompt])) * len(choices[prompt]) for prompt in prompts)
-            yield from self._run(
-                prompts,
-                self._tokens // max(length, widest),
-                lambda batch: self._score({prompt: choices[prompt] for prompt in batch}),
-            )
+        for shared, prompts in _by_beginning(list(choices)) if self._shares else [(0, list(choices))]:
+            beginning = self._beginning(prompts[0][:shared])
+            for group in _of_similar_length(prompts, lambda prompt: len(prompt) - shared):
+                widest = max(max(map(len, choices[prompt])) * len(choices[prompt]) for prompt in group)
+                size = self._tokens // max(len(group[0]), widest)
+                yield from self._run(
+                    group, size, lambda batch: self._score({p: choices[p] for p in batch}, shared, beginning)
+                )
 
     def _whole(self, pairs: set[Pair]) -> Iterator[dict[Pair, Answer]]:
         """Batches of prompts with one choice each, sorted by the length of both."""
@@ -185,24 +189,45 @@ class Engine(HFLM):
 
     # --------------------------------------------------------------------------------------------- model
 
-    def _score(self, choices: dict[Tokens, list[Tokens]]) -> dict[Pair, Answer]:
-        """Of prompts that have the same length; all their choices go on from one computation of them."""
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
-        output = self.model(input_ids=self._tensor(list(choices)), use_cache=True, **keep)
+    @torch.inference_mode()
+    def _beginning(self, tokens: Tokens) -> Any:
+        """The cache of what several prompts begin with; None where that is nothing."""
+        if not tokens:
+            return None
+        return self.model(input_ids=self._tensor([tokens]), use_cache=True, **self._last).past_key_values
+
+    def _score(self, choices: dict[Tokens, list[Tokens]], shared: int, beginning: Any) -> dict[Pair, Answer]:
+        """Of prompts that share the cache of their first tokens; all their choices go on from one computation of them."""
+        rests = [prompt[shared:] for prompt in choices]
+        longest = max(map(len, rests))
+        ids = self._tensor([(0,) * (longest - len(rest)) + rest for rest in rests])
+        seen = self._tensor([(1,) * shared + (0,) * (longest - len(rest)) + (1,) * len(rest) for rest in rests])
+        cache = copy.deepcopy(beginning)
+        if cache is not None:
+            cache.reorder_cache(self._tensor([0] * len(rests)))
+        output = self.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, **self._last, **self._places(seen, ids)
+        )
         rows = {prompt: row for row, prompt in enumerate(choices)}
         found: dict[Pair, Answer] = {}
-        for pairs in _of_similar_length([(prompt, choice) for prompt, some in choices.items() for choice in some]):
-            chosen = self._tensor([rows[prompt] for prompt, _ in pairs])
-            targets = self._padded([choice for _, choice in pairs], -1)  # [pairs, longest choice]
+        pairs = [(prompt, choice) for prompt, some in choices.items() for choice in some]
+        for group in _of_similar_length(pairs, lambda pair: len(pair[1])):
+            chosen = self._tensor([rows[prompt] for prompt, _ in group])
+            targets = self._padded([choice for _, choice in group], -1)  # [pairs, longest choice]
             logits = output.logits[:, -1:][chosen]
             if targets.shape[1] > 1:
                 cache = copy.deepcopy(output.past_key_values)
                 cache.reorder_cache(chosen)
                 inputs = targets[:, :-1].clamp(min=0)
-                more = self.model(input_ids=inputs, past_key_values=cache, use_cache=True).logits
+                where = self._places(torch.cat([seen[chosen], torch.ones_like(inputs)], dim=1), inputs)
+                more = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, **where).logits
                 logits = torch.cat([logits, more], dim=1)  # [pairs, longest choice, vocabulary]
-            found |= _answers(pairs, logits, targets)
+            found |= _answers(group, logits, targets)
         return found
+
+    def _places(self, seen: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where in their texts the ids stand; nothing where there is no padding, which is faster."""
+        return {} if bool(seen.all()) else places(self.model, seen, ids)
 
     def _score_whole(self, pairs: Sequence[Pair]) -> dict[Pair, Answer]:
         """Of prompts of any length, padded on the right, where no token before the padding sees it."""
@@ -246,12 +271,29 @@ def _answers(pairs: Sequence[Pair], logits: torch.Tensor, targets: torch.Tensor)
     return dict(zip(pairs, zip(likelihoods.tolist(), greedy.tolist(), strict=True), strict=True))
 
 
-def _of_similar_length(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """The pairs by the length of their choices, parted so that padding stays below a fourth of the tokens or so."""
-    group: list[Pair] = []
-    for pair in sorted(pairs, key=lambda pair: len(pair[1])):
-        if group and len(pair[1]) > 1.25 * len(group[0][1]) + 2:
+def _of_similar_length(rows: Sequence[Any], length: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """The rows by length, the longest first, parted so that padding stays below a fifth of the tokens or so."""
+    group: list[Any] = []
+    for row in sorted(rows, key=length, reverse=True):
+        if group and 1.25 * length(row) + 2 < length(group[0]):
             yield group
             group = []
-        group.append(pair)
+        group.append(row)
     yield group
+
+
+def _by_beginning(prompts: list[Tokens]) -> list[tuple[int, list[Tokens]]]:
+    """Sorted prompts, parted by what they begin with, and how many tokens that are: 0 for those that share too few."""
+    groups: list[tuple[int, list[Tokens]]] = []
+    for prompt in prompts:
+        common = 0
+        if groups:
+            first = groups[-1][1][0]
+            common = next((i for i, (a, b) in enumerate(zip(first, prompt, strict=False)) if a != b), len(first))
+            common = min(common, groups[-1][0], len(prompt) - 1)
+        if common >= SHARED_TOKENS:
+            groups[-1] = (common, [*groups[-1][1], prompt])
+        else:
+            groups.append((len(prompt) - 1, [prompt]))
+    alone = [group[0] for _, group in groups if len(group) == 1]
+    return ([(0, alone)] if alone else []) + [(common, group) for common, group in groups if len(group) > 1]

@@ -20,6 +20,7 @@ from .tasks import Task, lm_eval_config, read
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .engine import Engine
@@ -169,23 +170,23 @@ def _measured(
 
     tell(0, items, task.name)
     engine.on_answers = on_answers
-    answers = _answers(engine, task.requests())
-    metric, values = task.scores(answers, tokenizer)
+    responses = ask(engine, task.requests())
+    metric, values = task.scores(responses, tokenizer)
     result = TaskScore(task.name, task.capability, metric, task.chance(), values, task.shots, task.data)
     if key is not None:
         store.save(key, result)
     return result
 
 
-def _answers(engine: Engine, requests: list[Instance]) -> list[Any]:
+def ask(engine: HFLM, requests: list[Instance]) -> list[Any]:
     """The engine's answer to each request; requests of one kind are asked together."""
-    answers: list[Any] = [None] * len(requests)
+    given: list[Any] = [None] * len(requests)
     for kind in dict.fromkeys(request.request_type for request in requests):
         places = [i for i, request in enumerate(requests) if request.request_type == kind]
-        found = getattr(engine, kind)([requests[i] for i in places])
+        found = getattr(engine, kind)([requests[i] for i in places], disable_tqdm=True)
         for place, answer in zip(places, found, strict=True):
-            answers[place] = answer
-    return answers
+            given[place] = answer
+    return given
 
 
 # ------------------------------------------------------------------------------------------------ probes

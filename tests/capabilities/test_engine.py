@@ -19,7 +19,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_calibprune import pocket
-from optimum_calibprune.capabilities.engine import Engine
+from optimum_calibprune.capabilities import engine as engines_module
+from optimum_calibprune.capabilities.engine import Engine, _by_beginning
 from tests.pruning.test_families import FAMILIES
 
 
@@ -133,11 +134,15 @@ def tiny(family: str) -> Any:
 
 
 CHOICES = [("w3 w4 w5", f" {text}") for text in ("w6", "w7 w8 w9", "w6 w10 w11 w12 w13 w14 w15", "w7 w8")]
-CHOICES += [("w9 w3 w8 w5", f" {text}") for text in ("w6 w8", "w3")]
+CHOICES += [("w9 w3 w8 w5", f" {text}") for text in ("w6 w8", "w3")] + [("w3 w4 w5 w9 w2 w20", " w6 w7")]
 
 
+@pytest.mark.parametrize("shared_tokens", [64, 2], ids=["alone", "shared beginning"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_as_with_lm_eval_whatever_carries_its_text_on(family: str) -> None:
+def test_every_family_answers_as_with_lm_eval_whatever_carries_its_text_on(
+    family: str, shared_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines_module, "SHARED_TOKENS", shared_tokens)
     model, tokenizer = tiny(family), words()
     engine = Engine(model, tokenizer)
     theirs = HFLM(pretrained=model, tokenizer=words(), batch_size=1, device="cpu")
@@ -147,6 +152,15 @@ def test_every_family_answers_as_with_lm_eval_whatever_carries_its_text_on(famil
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=2e-3, rel=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert tokenizer.pad_token is None, "the caller's tokenizer is as it was"
+
+
+def test_prompts_are_parted_by_what_they_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines_module, "SHARED_TOKENS", 3)
+    prompts = sorted([(1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (1, 2, 3, 9), (7, 8, 9, 1), (7, 8, 9), (5, 5), (6, 5, 4, 3)])
+    assert _by_beginning(prompts) == [
+        (0, [(5, 5), (6, 5, 4, 3), (7, 8, 9), (7, 8, 9, 1)]),  # what is shared leaves each a token of its own
+        (3, [(1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (1, 2, 3, 9)]),
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])

@@ -59,7 +59,7 @@ def test_the_same_model_is_asked_once_and_another_one_again(
     assert len(list(folder.iterdir())) == 2
     told: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_answers", lambda *_: pytest.fail("the model was asked again"))
+        patch.setattr(scoring, "ask", lambda *_: pytest.fail("the model was asked again"))
         again = measure(
             model, tokenizer, short(tmp_path), keep=True, on_progress=lambda done, total, text: told.append(text)
         )
@@ -67,9 +67,9 @@ def test_the_same_model_is_asked_once_and_another_one_again(
     assert told == ["pocket_commonsense, from the cache", "pocket_math, from the cache"]
 
     asked: list[str] = []
-    answers = scoring._answers
+    ask = scoring.ask
     monkeypatch.setattr(
-        scoring, "_answers", lambda engine, requests: asked.append(requests[0].task_name) or answers(engine, requests)
+        scoring, "ask", lambda engine, requests: asked.append(requests[0].task_name) or ask(engine, requests)
     )
     measure(model, tokenizer, short(tmp_path))  # without keeping
     measure(model, tokenizer, short(tmp_path, count=11), keep=True)  # other items
