@@ -100,13 +100,19 @@ class Engine(HFLM):
         for prompt, choice in sorted(pairs):
             choices.setdefault(prompt, []).append(choice)
         for shared, prompts in _by_beginning(list(choices)) if self._shares else [(0, list(choices))]:
-            beginning = self._beginning(prompts[0][:shared])
-            for group in _of_similar_length(prompts, lambda prompt: len(prompt) - shared):
-                widest = max(max(map(len, choices[prompt])) * len(choices[prompt]) for prompt in group)
-                size = self._tokens // max(len(group[0]), widest)
-                yield from self._run(
-                    group, size, lambda batch: self._score({p: choices[p] for p in batch}, shared, beginning)
-                )
+            yield from self._beginning_alike(prompts, shared, choices)
+
+    def _beginning_alike(
+        self, prompts: list[Tokens], shared: int, choices: dict[Tokens, list[Tokens]]
+    ) -> Iterator[dict[Pair, Answer]]:
+        beginning = self._cache_of(prompts[0][:shared])
+        for group in _of_similar_length(prompts, len):
+            widest = max(max(map(len, choices[prompt])) * len(choices[prompt]) for prompt in group)
+            yield from self._run(
+                group,
+                self._tokens // max(len(group[0]) - shared, widest),
+                lambda batch: self._score({prompt: choices[prompt] for prompt in batch}, shared, beginning),
+            )
 
     def _whole(self, pairs: set[Pair]) -> Iterator[dict[Pair, Answer]]:
         """Batches of prompts with one choice each, sorted by the length of both."""
@@ -190,8 +196,8 @@ class Engine(HFLM):
     # --------------------------------------------------------------------------------------------- model
 
     @torch.inference_mode()
-    def _beginning(self, tokens: Tokens) -> Any:
-        """The cache of what several prompts begin with; None where that is nothing."""
+    def _cache_of(self, tokens: Tokens) -> Any:
+        """The cache of what several prompts begin with, as one row; None where that is nothing."""
         if not tokens:
             return None
         return self.model(input_ids=self._tensor([tokens]), use_cache=True, **self._last).past_key_values

@@ -58,7 +58,7 @@ class Loaded:
         drawn = [(part, items) for part, items in zip(self.parts, self._draw(), strict=True) if items]
         for part, items in drawn:
             part.set_fewshot_seed(EXAMPLES_SEED)
-            part.build_all_requests(samples=items)
+            part.build_all_requests(samples=items if self.benchmark.limit is not None else None)
         self.parts = [part for part, _ in drawn]
         self.drawn = {part.config.task: items for part, items in drawn}
 
@@ -77,8 +77,12 @@ class Loaded:
         return len({(request.task_name, request.doc_id) for request in self.requests()})
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that is asked and by which metric it is scored."""
-        return fingerprint(self.requests(), self.benchmark.metric, self.name)
+        """SHA-256 over all that is asked and how it is scored, of a user's own task over the files of its folder, too."""
+        path = Path(self.benchmark.config)
+        files = sorted(path.parent.glob("*.y*ml")) + sorted(path.parent.glob("*.py")) if path.is_absolute() else []
+        return fingerprint(
+            self.requests(), self.benchmark.metric, self.name, *(file.read_text(encoding="utf-8") for file in files)
+        )
 
     def chance(self) -> float:
         """The score of guessing: of multiple choice the mean of one in as many choices as an item has."""
@@ -207,6 +211,8 @@ def _config(path: Path, benchmark: Benchmark) -> dict[str, Any]:
     if not isinstance(config.get("task"), str):
         raise ValueError("it describes no single task")
     config = {key: value for key, value in config.items() if key not in ("tag", "task_alias")}
+    if config.get("repeats", 1) != 1:
+        raise ValueError("it asks each question more than once, which is not done here")
     if config.get("unsafe_code") and not benchmark.runs_code:
         raise ValueError("it runs generated code outside of our sandbox")
     if benchmark.runs_code:

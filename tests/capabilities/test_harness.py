@@ -167,10 +167,22 @@ def test_ones_own_task_is_measured_by_its_first_metric(tmp_path: Path) -> None:
     assert len(found.item_scores) == 10
 
 
+def test_the_fingerprint_is_of_the_questions_and_of_how_a_task_of_ones_own_scores(tmp_path: Path) -> None:
+    name = mine(tmp_path)
+    first = load(find(name)).fingerprint()
+    assert load(find(name)).fingerprint() == first
+    (tmp_path / "scoring.py").write_text("LEAST = 1\n")
+    second = load(find(name)).fingerprint()
+    write(tmp_path / "mine.jsonl", [*ITEMS[1:], ITEMS[0]])
+    third = load(find(name)).fingerprint()
+    assert len({first, second, third}) == 3
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
         ("task: [a, b]\ngroup: g\n", "broken.yaml is not a task of lm-eval: .*it describes no single task"),
+        ("task: t\nrepeats: 4\n", "it asks each question more than once, which is not done here"),
         ("task: t\nunsafe_code: true\n", "it runs generated code outside of our sandbox"),
         ("[1, 2]", "broken.yaml is not a task of lm-eval"),
         (
