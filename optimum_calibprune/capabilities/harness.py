@@ -275,6 +275,7 @@ def _redirected(splits: dict[str, list[task_data.Row]], needed: bool) -> dict[st
 
 
 def _tasks(configs: list[dict[str, Any]]) -> list[ConfigurableTask]:
+    import huggingface_hub
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
@@ -282,12 +283,12 @@ def _tasks(configs: list[dict[str, Any]]) -> list[ConfigurableTask]:
     try:
         return list(TaskManager(include_defaults=False).load(configs)["tasks"].values())
     except (OSError, DatasetsError) as error:
-        import huggingface_hub
-
+        sentence = " ".join(str(error).split())
         if "/" not in str(repo):  # a user's own files
-            raise ValueError(f"{repo} cannot be had here: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{repo} cannot be had here: {sentence}") from error
         if huggingface_hub.is_offline_mode():
             raise ValueError(f"{repo} cannot be had here (HF_HUB_OFFLINE is set)") from error
-        raise ConnectionError(f"{repo} cannot be had here: {' '.join(str(error).split())}") from error
+        kind = ConnectionError if isinstance(error, ConnectionError | TimeoutError) else ValueError
+        raise kind(f"{repo} cannot be had here: {sentence}") from error
     except Exception as error:  # lm-eval tells of a task and data that do not fit by any exception there is
         raise ValueError(f"lm-eval cannot read it: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -102,7 +102,7 @@ def prepare(tasks: Sequence[Task | Benchmark], *, required: bool = True, token: 
             prepared.tasks.append(load(task, token))
         except (ValueError, ConnectionError) as error:
             if required:
-                raise ValueError(f"Task {task.name!r} cannot be measured: {error}.") from error
+                raise ValueError(f"Task {task.name!r} cannot be measured: {str(error).rstrip('.')}.") from error
             prepared.missing[task.name] = (task.capability, str(error))
             if isinstance(error, ConnectionError):
                 unreachable = "the Hub cannot be reached"

@@ -112,8 +112,8 @@ def test_the_table_says_what_lm_evals_files_say(name: str) -> None:
     benchmark = BENCHMARKS[name]
     try:
         config = _config(_files(benchmark.config)[0], replace(benchmark, shots=None))
-    except ModuleNotFoundError as error:
-        pytest.skip(f"lm-eval's file needs {error.name}")
+    except ModuleNotFoundError:
+        pytest.skip("lm-eval's file needs its packages for mathematics")
     assert config["task"] == name
     assert config["dataset_path"] == benchmark.repo
     assert config.get("num_fewshot", 0) == benchmark.shots
