@@ -342,7 +342,8 @@ class EvaluateCommand(_Command):
             for t in scores.tasks:
                 numbers = [str(len(t.item_scores)), f"{100 * t.chance:.1f} %", f"{100 * t.value:.1f} %"]
                 rows.append([t.capability, t.task, str(t.shots), t.metric, *numbers])
-            say(table(rows))
+            if scores.tasks:
+                say(table(rows))
             for name, reason in {**scores.not_measured, **scores.missing_tasks}.items():
                 say(f"Not measured: {name}: {reason}")
             if report is not None:

@@ -14,7 +14,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_calibprune import pocket
-from optimum_calibprune.capabilities.benchmarks import BENCHMARKS, find
+from optimum_calibprune.capabilities import score as scoring
+from optimum_calibprune.capabilities.benchmarks import BENCHMARKS, Benchmark, find
 from optimum_calibprune.capabilities.harness import _config, _files, load
 from optimum_calibprune.capabilities.score import measure, prepare
 
@@ -238,6 +239,26 @@ def test_a_data_set_that_is_not_here_is_named() -> None:
     found = prepare([BENCHMARKS["hellaswag"], BENCHMARKS["mmlu"]], required=False)
     assert found.tasks == []
     assert found.missing["mmlu"] == ("general", "cais/mmlu cannot be had here (HF_HUB_OFFLINE is set)")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def unreachable(task: Benchmark, token: str | None) -> None:
+        asked.append(task.name)
+        raise ConnectionError(f"{task.repo} cannot be had here: no route")
+
+    monkeypatch.setattr(scoring, "load", unreachable)
+    found = prepare([BENCHMARKS["mmlu"], BENCHMARKS["sciq"], BENCHMARKS["piqa"]], required=False)
+    assert asked == ["mmlu"]
+    assert found.missing["mmlu"] == ("general", "cais/mmlu cannot be had here: no route")
+    assert found.not_measured(()) == (
+        {
+            "general": "cais/mmlu cannot be had here: no route (mmlu); the Hub cannot be reached (sciq)",
+            "commonsense": "the Hub cannot be reached (piqa)",
+        },
+        {},
+    )
 
 
 MATH500 = [
