@@ -31,7 +31,7 @@ from optimum_calibprune.records import CAPABILITIES
 
 
 RESULT = Path(__file__).parent / "results" / "evaluation.json"
-BATCHES = (8, 32, 64)
+BATCHES = (8, 32)
 
 
 def timed(engine: HFLM, tasks: list[Loaded | Probes], tokenizer: Any) -> tuple[float, dict[str, Any]]:
@@ -92,7 +92,8 @@ def main() -> None:
         found = results[name]
         print(
             f"{name}: {found['ours']} s, {found['best of lm-eval']} {found['lm-eval']} s, "
-            f"{found['items scored differently']} of {found['items']} items scored differently"
+            f"{found['items scored differently']} of {found['items']} items scored differently",
+            flush=True,
         )
     made = {"model": "pocket", "threads": given.threads, "suites": results}
     made |= {"versions": machine.versions(), "hardware": machine.hardware(torch.device("cpu"))}

@@ -119,6 +119,8 @@ def _named(config: CalibPruneConfig, suite: str | None) -> list[Task | Benchmark
     limit = config.limit or benchmarks.SUITES.get(suite or ("full" if config.tasks else "quick"))
     if config.limit and (clash := [name for name in names if name in probes]):
         raise ValueError(f"limit is for benchmarks; {', '.join(clash)} is measured as a whole.")
+    if data is not None and all(name in probes for name in names):
+        raise ValueError("task_data is for benchmarks, and none is asked for; name a suite (quick, full) or tasks.")
     tasks = [
         probes.get(name) or replace(benchmarks.find(name, tuple(probes)), limit=limit, data=data) for name in names
     ]

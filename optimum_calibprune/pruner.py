@@ -416,9 +416,11 @@ class CalibPruner:
 
 
 def _report(dense: Scores, sparse: Scores) -> CapabilityReport:
-    """Retention, with the tasks that are missing among what was not measured."""
+    """Retention over the tasks of both; those that are missing stand among what was not measured."""
+    of_both = {task.task for task in sparse.tasks}
+    dense = replace(dense, tasks=tuple(task for task in dense.tasks if task.task in of_both))
     report = capability_report(dense, sparse)
-    return replace(report, not_measured=report.not_measured | dense.missing_tasks)
+    return replace(report, not_measured=report.not_measured | dense.missing_tasks | sparse.missing_tasks)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
 from optimum_calibprune.capabilities.benchmarks import BENCHMARKS
 from optimum_calibprune.capabilities.sandbox import isolation
 from optimum_calibprune.choices import choose_tasks
+from optimum_calibprune.pruner import _report
 from optimum_calibprune.publishing.reproduce import command, public_config
 from optimum_calibprune.records import BaseModel, Scores, TaskScore
 from tests.hub_server import HubServer
@@ -116,6 +117,7 @@ def test_what_a_config_asks_for(model: str, options: dict[str, Any], names: list
         ({"capabilities": "none", "suite": "full"}, "measures nothing, but suite was given"),
         ({"capabilities": "code,math", "tasks": "gsm8k"}, "Capabilities code were asked for, but none of the tasks"),
         ({"suite": "pocket", "limit": 5}, "limit is for benchmarks; pocket_general"),
+        ({"suite": "pocket", "task_data": "."}, "task_data is for benchmarks, and none is asked for"),
         ({"limit": 0}, "limit must be at least 1; 0 was given"),
         ({"task_data": "/no/such/folder"}, "There is no folder '/no/such/folder' with the data of tasks"),
     ],
@@ -176,6 +178,18 @@ def test_the_recorded_command_names_the_tasks_without_folders(data: Path) -> Non
     line = command(config, BaseModel("pocket"), [])
     assert "--suite full --tasks piqa own.yaml:math --limit 4 --task-data data --allow-code-execution" in line
     assert str(data.parent) not in public_config(config, BaseModel("pocket"), []).to_json()
+
+
+def test_a_task_that_only_the_dense_model_was_asked_is_left_out_and_named() -> None:
+    def scores(*tasks: str, missing: dict[str, str]) -> Scores:
+        made = [TaskScore(name, "math", "acc", 0.0, (1.0, 1.0, 0.0, 1.0) * 5) for name in tasks]
+        return Scores(tuple(made), {}, missing)
+
+    report = _report(
+        scores("a", "b", missing={"c": "no data"}), scores("a", missing={"b": "no memory", "c": "no data"})
+    )
+    assert report.capabilities[0].items == 20
+    assert report.not_measured == {"b": "no memory", "c": "no data"}
 
 
 # -------------------------------------------------------------------------------------------- command line
