@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 TOKENS = {"cpu": 4096, "cuda": 16384}  # in one forward; on a CPU more does not make it faster
 SHARED_TOKENS = 64  # at the beginning of prompts, from which on it pays to compute them once
-WRITTEN_TOKENS = 2**15  # prompts and texts of one batch, which bound its key-value cache
+CACHED_TOKENS = 2**15  # of all texts in a batch, which bound its key-value cache
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]  # prompt and choice
 Answer = tuple[float, bool]  # log-likelihood of the choice, and whether it is the greedy one
@@ -39,9 +39,9 @@ class Engine(HFLM):
     """Answers the requests of lm-eval's tasks as `HFLM` does, up to rounding; what it does not override is `HFLM`'s.
 
     Log-likelihoods: prompts of similar length go through the model together, from the cache of the tokens that they begin
-    with, and their choices continue from theirs; where a state carries the text on (Mamba, Qwen3-Next), prompt and choice are computed in one
-    go. Texts: greedy, in batches that are padded on the left. The longest come first. A batch that does not fit into GPU
-    memory is halved, and so are those after it.
+    with, and their choices continue from theirs; where a state carries the text on (Mamba, Qwen3-Next), prompt and choice
+    are computed in one go. Texts: greedy, in batches that are padded on the left. The longest come first. A batch that
+    does not fit into GPU memory is halved, and so are those after it.
 
     Attributes:
         on_answers: called with (done, total) after each batch, where a total is what one call is asked for.
@@ -107,10 +107,16 @@ class Engine(HFLM):
     ) -> Iterator[dict[Pair, Answer]]:
         beginning = self._cache_of(prompts[0][:shared])
         for group in _of_similar_length(prompts, len):
-            widest = max(max(map(len, choices[prompt])) * len(choices[prompt]) for prompt in group)
+            answers = max(len(choices[prompt]) for prompt in group)
+            widest = max(len(choice) for prompt in group for choice in choices[prompt])
+            rows = answers if widest > 1 else 1  # of the cache, for each prompt
+            size = min(
+                self._tokens // max(len(group[0]) - shared, widest * answers),
+                CACHED_TOKENS // ((len(group[0]) + widest) * rows),
+            )
             yield from self._run(
                 group,
-                self._tokens // max(len(group[0]) - shared, widest),
+                size,
                 lambda batch: self._score({prompt: choices[prompt] for prompt in batch}, shared, beginning),
             )
 
@@ -129,7 +135,7 @@ class Engine(HFLM):
             )
         tokens = {p: ids[-room:] for p, ids in zip(prompts, self._encode(prompts), strict=True)}
         rows = sorted(prompts, key=lambda prompt: -len(tokens[prompt]))
-        size = WRITTEN_TOKENS // (len(tokens[rows[0]]) + limit)
+        size = CACHED_TOKENS // (len(tokens[rows[0]]) + limit)
         yield from self._run(
             rows,
             size,
