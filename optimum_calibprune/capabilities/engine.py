@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..calibration.writer import continue_rows, end_tokens, places
+from .batches import Tokens, by_beginning, of_similar_length
 
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKENS = {"cpu": 4096, "cuda": 16384}  # in one forward; on a CPU more does not make it faster
-SHARED_TOKENS = 64  # at the beginning of prompts, from which on it pays to compute them once
 CACHED_TOKENS = 2**15  # of all texts in a batch, which bound its key-value cache
-Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]  # prompt and choice
 Answer = tuple[float, bool]  # log-likelihood of the choice, and whether it is the greedy one
 Wish = tuple[str, tuple[str, ...], int]  # prompt, where its text stops, how many tokens that has at most
@@ -99,14 +98,14 @@ class Engine(HFLM):
         choices: dict[Tokens, list[Tokens]] = {}
         for prompt, choice in sorted(pairs):
             choices.setdefault(prompt, []).append(choice)
-        for shared, prompts in _by_beginning(list(choices)) if self._shares else [(0, list(choices))]:
+        for shared, prompts in by_beginning(list(choices)) if self._shares else [(0, list(choices))]:
             yield from self._beginning_alike(prompts, shared, choices)
 
     def _beginning_alike(
         self, prompts: list[Tokens], shared: int, choices: dict[Tokens, list[Tokens]]
     ) -> Iterator[dict[Pair, Answer]]:
         beginning = self._cache_of(prompts[0][:shared])
-        for group in _of_similar_length(prompts, len):
+        for group in of_similar_length(prompts, len):
             answers = max(len(choices[prompt]) for prompt in group)
             widest = max(len(choice) for prompt in group for choice in choices[prompt])
             rows = answers if widest > 1 else 1  # of the cache, for each prompt
@@ -223,7 +222,7 @@ class Engine(HFLM):
         rows = {prompt: row for row, prompt in enumerate(choices)}
         found: dict[Pair, Answer] = {}
         pairs = [(prompt, choice) for prompt, some in choices.items() for choice in some]
-        for group in _of_similar_length(pairs, lambda pair: len(pair[1])):
+        for group in of_similar_length(pairs, lambda pair: len(pair[1])):
             chosen = self._tensor([rows[prompt] for prompt, _ in group])
             targets = self._padded([choice for _, choice in group], -1)  # [pairs, longest choice]
             logits = output.logits[:, -1:][chosen]
@@ -281,31 +280,3 @@ def _answers(pairs: Sequence[Pair], logits: torch.Tensor, targets: torch.Tensor)
     of_choice = logits.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0].float()
     likelihoods = (of_choice - logits.float().logsumexp(dim=2)).masked_fill(padded, 0).sum(dim=1)
     return dict(zip(pairs, zip(likelihoods.tolist(), greedy.tolist(), strict=True), strict=True))
-
-
-def _of_similar_length(rows: Sequence[Any], length: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """The rows by length, the longest first, parted so that padding stays below a fifth of the tokens or so."""
-    group: list[Any] = []
-    for row in sorted(rows, key=length, reverse=True):
-        if group and 1.25 * length(row) + 2 < length(group[0]):
-            yield group
-            group = []
-        group.append(row)
-    yield group
-
-
-def _by_beginning(prompts: list[Tokens]) -> list[tuple[int, list[Tokens]]]:
-    """Sorted prompts, parted by what they begin with, and how many tokens that are: 0 for those that share too few."""
-    groups: list[tuple[int, list[Tokens]]] = []
-    for prompt in prompts:
-        common = 0
-        if groups:
-            first = groups[-1][1][0]
-            common = next((i for i, (a, b) in enumerate(zip(first, prompt, strict=False)) if a != b), len(first))
-            common = min(common, groups[-1][0], len(prompt) - 1)
-        if common >= SHARED_TOKENS:
-            groups[-1] = (common, [*groups[-1][1], prompt])
-        else:
-            groups.append((len(prompt) - 1, [prompt]))
-    alone = [group[0] for _, group in groups if len(group) == 1]
-    return ([(0, alone)] if alone else []) + [(common, group) for common, group in groups if len(group) > 1]

@@ -19,8 +19,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_calibprune import pocket
-from optimum_calibprune.capabilities import engine as engines_module
-from optimum_calibprune.capabilities.engine import Engine, _by_beginning
+from optimum_calibprune.capabilities import batches
+from optimum_calibprune.capabilities.batches import by_beginning, of_similar_length
+from optimum_calibprune.capabilities.engine import Engine
 from tests.pruning.test_families import FAMILIES
 
 
@@ -142,7 +143,7 @@ CHOICES += [("w9 w3 w8 w5", f" {text}") for text in ("w6 w8", "w3")] + [("w3 w4 
 def test_every_family_answers_as_with_lm_eval_whatever_carries_its_text_on(
     family: str, shared_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines_module, "SHARED_TOKENS", shared_tokens)
+    monkeypatch.setattr(batches, "SHARED_TOKENS", shared_tokens)
     model, tokenizer = tiny(family), words()
     engine = Engine(model, tokenizer)
     theirs = HFLM(pretrained=model, tokenizer=words(), batch_size=1, device="cpu")
@@ -155,12 +156,22 @@ def test_every_family_answers_as_with_lm_eval_whatever_carries_its_text_on(
 
 
 def test_prompts_are_parted_by_what_they_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines_module, "SHARED_TOKENS", 3)
+    monkeypatch.setattr(batches, "SHARED_TOKENS", 3)
     prompts = sorted([(1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (1, 2, 3, 9), (7, 8, 9, 1), (7, 8, 9), (5, 5), (6, 5, 4, 3)])
-    assert _by_beginning(prompts) == [
+    assert by_beginning(prompts) == [
         (0, [(5, 5), (6, 5, 4, 3), (7, 8, 9), (7, 8, 9, 1)]),  # what is shared leaves each a token of its own
         (3, [(1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (1, 2, 3, 9)]),
     ]
+    long = (1, 2, 3, 4, 5, 6, 7, 8)
+    assert by_beginning([(*long, 9), (*long, 10), (*long[:3], 9)]) == [
+        (0, [(1, 2, 3, 9)]),
+        (8, [(*long, 9), (*long, 10)]),
+    ]
+
+
+def test_rows_are_parted_so_that_little_is_padded() -> None:
+    rows = [(0,) * length for length in (3, 40, 10, 33, 12, 9, 31)]
+    assert [[len(row) for row in group] for group in of_similar_length(rows, len)] == [[40, 33, 31], [12, 10, 9], [3]]
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])
