@@ -191,7 +191,9 @@ class Engine(HFLM):
         for begins, special in ((False, added), (True, {"add_special_tokens": False})):
             some = [text for text in dict.fromkeys(texts) if text.startswith(begin) == begins]
             if some:
-                ids |= dict(zip(some, map(tuple, self.tokenizer(some, **special)["input_ids"]), strict=True))
+                ids |= dict(
+                    zip(some, map(tuple, self.tokenizer(some, verbose=False, **special)["input_ids"]), strict=True)
+                )
         return [ids[text] for text in texts]
 
     def _wish(self, prompt: str, options: dict[str, Any]) -> Wish:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_calibprune import pocket
+from optimum_calibprune.capabilities.batches import by_beginning
 from optimum_calibprune.capabilities.benchmarks import BENCHMARKS
 from optimum_calibprune.capabilities.engine import Engine
 from optimum_calibprune.capabilities.harness import EXAMPLES_SEED, Loaded, load
@@ -36,6 +38,17 @@ def model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def loaded(name: str, limit: int | None) -> Loaded:
     return load(replace(BENCHMARKS[name], limit=limit, data=DATA))
+
+
+def of_one_subject(folder: Path) -> Loaded:
+    """24 items of MMLU whose prompts begin with the same examples, in a file of their own."""
+    rows = [
+        json.loads(line) for line in (DATA / "mmlu_validation.jsonl").read_text(encoding="utf-8").split("\n") if line
+    ]
+    chosen = [row for row in rows if row["subject"] == "high_school_psychology"]
+    (folder / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen[5:29]))
+    (folder / "mmlu_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen[:5]))
+    return load(replace(BENCHMARKS["mmlu"], data=folder))
 
 
 def stock(task: Loaded, name: str) -> list[dict[str, Any]]:
@@ -65,6 +78,20 @@ def test_every_decision_on_a_choice_is_that_of_stock_lm_eval(benchmark: str, nam
     ours = Engine(*model(name)).loglikelihood(task.requests())
     theirs = [answer for sample in samples for answer in sample["filtered_resps"]]
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=2e-3)
+
+
+@here
+def test_prompts_that_begin_alike_are_answered_as_by_stock_lm_eval(tmp_path: Path) -> None:
+    task = of_one_subject(tmp_path)
+    engine = Engine(*model("pocket"))
+    prompts = sorted({prompt for prompt, _ in engine._encode_pairs([request.args for request in task.requests()])})
+    parts = by_beginning(prompts)
+    assert [len(part) for _, part in parts] == [24]
+    assert parts[0][0] > 200, "the examples are computed once"
+    samples = stock(task, "pocket")
+    ours, theirs = engine.loglikelihood(task.requests()), [a for sample in samples for a in sample["filtered_resps"]]
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=2e-3)
+    assert task.scores(ours, model("pocket")[1])[1] == tuple(sample["acc"] for sample in samples)
 
 
 @here
