@@ -5,8 +5,8 @@
 
 Needs a CUDA GPU that holds the model in bfloat16 (16 GB of weights), the Hub, and access to the gated model (`hf auth login`).
 What is finished is kept: the same command goes on after an interruption. Calibration: each source of the table alone (C4 is one
-of them), their uniform mix, Self-Cal, SGS and IGSP. The paper reports retention by capability; this release measures
-capabilities of the pocket model only, so what is reported here is perplexity on WikiText-2, dense and sparse.
+of them), their uniform mix, Self-Cal, SGS and IGSP. The paper reports retention by capability; a study measures capabilities of
+the pocket model only, so what is reported here is perplexity on WikiText-2, dense and sparse.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from optimum_calibprune.study.cells import Cell, grid
 
 MODEL, SPARSITY, SAMPLES, LENGTH = "meta-llama/Llama-3.1-8B", "60%", 128, 2048
 MIXES = ("single", "uniform", "self-cal", "sgs", "igsp")
-ONLY_PERPLEXITY = (
-    "Capabilities cannot be measured on this model in this release: the study reports perplexity on WikiText-2."
-)
+ONLY_PERPLEXITY = "A study does not measure this model's capabilities: it reports perplexity on WikiText-2."
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from .calibration import mix as mixes
 from .calibration.selfgen import read_seeds, sampling, written_sources
 from .calibration.sources import OpenSource, open_sources
 from .calibration.table import SOURCES
+from .capabilities import benchmarks
+from .capabilities.benchmarks import Benchmark
 from .capabilities.perplexity import WIKITEXT2
 from .capabilities.tasks import Task, pocket_tasks
 from .loading import pruned_from
@@ -28,7 +30,7 @@ SAMPLES, LENGTH = 128, 2048
 MICRO_BATCH_TOKENS = {"cuda": 16384}  # a GPU wants larger products, and fewer of them
 FEW_TOKENS = 2048
 SGS_CORPUS = "wikitext2"  # the source whose documents SGS continues, unless the user names others
-NO_SUITE = "this release measures capabilities of the pocket model only"
+NO_CODE = "code that a model has written runs only with allow_code_execution=True (--allow-code-execution)"
 Sources = Sequence[str | CalibrationSource] | Mapping[str, Any] | None
 
 
@@ -65,16 +67,66 @@ def with_defaults(config: CalibPruneConfig, model: PreTrainedModel) -> CalibPrun
     return replace(config, samples=samples, length=length, micro_batch=step)
 
 
-def choose_tasks(config: CalibPruneConfig) -> list[Task]:
-    """The tasks of the capabilities that were asked for; `ValueError` for those that cannot be measured."""
+@dataclass(frozen=True)
+class Measurement:
+    """The tasks of a run, those that are not allowed with the reason, and whether a task that cannot be had is an error:
+    where the user named it, or its capability."""
+
+    tasks: list[Task | Benchmark] = field(default_factory=list)
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    required: bool = False
+
+    @property
+    def capabilities(self) -> list[str]:
+        found = {task.capability for task in self.tasks}
+        return [name for name in CAPABILITIES if name in found]
+
+
+def choose_tasks(config: CalibPruneConfig) -> Measurement:
+    """The tasks that a config asks for; `ValueError` or `FileNotFoundError` for those that do not exist or go together."""
     asked = config.capabilities
+    given = [name for name in ("suite", "tasks", "limit", "task_data") if getattr(config, name)]
     if asked == ("none",):
-        return []
-    if is_pocket(config):
-        return pocket_tasks(CAPABILITIES if asked == ("auto",) else asked)
-    if asked != ("auto",):
-        raise ValueError(f"Capabilities {', '.join(asked)} were asked for, but {NO_SUITE}; use 'auto' or 'none'.")
-    return []
+        if given:
+            raise ValueError(f"capabilities='none' measures nothing, but {', '.join(given)} was given; leave one out.")
+        return Measurement()
+    suite = config.suite or ("pocket" if is_pocket(config) and not config.tasks else None)
+    tasks = _named(config, suite)
+    wanted = CAPABILITIES if asked == ("auto",) else asked
+    tasks = [task for task in tasks if task.capability in wanted]
+    if missing := [name for name in wanted if asked != ("auto",) and name not in {task.capability for task in tasks}]:
+        raise ValueError(
+            f"Capabilities {', '.join(missing)} were asked for, but none of the tasks measures them; name other tasks."
+        )
+    code = {task.name: task for task in tasks if isinstance(task, Benchmark) and task.runs_code}
+    refused: dict[str, tuple[str, str]] = {}
+    if code and not config.allow_code_execution:
+        if "code" in asked or config.tasks:
+            raise ValueError(f"Task {', '.join(code)}: {NO_CODE}.")
+        refused = {name: (task.capability, NO_CODE) for name, task in code.items()}
+    return Measurement(
+        [task for task in tasks if task.name not in refused], refused, bool(config.tasks) or asked != ("auto",)
+    )
+
+
+def _named(config: CalibPruneConfig, suite: str | None) -> list[Task | Benchmark]:
+    """The tasks of a suite, or those that are named, with their limit and data."""
+    probes = {task.name: task for task in pocket_tasks(CAPABILITIES)}
+    names = config.tasks or (probes if suite == "pocket" else benchmarks.BENCHMARKS)
+    data = Path(config.task_data) if config.task_data is not None else None
+    if data is not None and not data.is_dir():
+        raise FileNotFoundError(f"There is no folder {config.task_data!r} with the data of tasks.")
+    limit = config.limit or benchmarks.SUITES.get(suite or ("full" if config.tasks else "quick"))
+    if config.limit and (clash := [name for name in names if name in probes]):
+        raise ValueError(f"limit is for benchmarks; {', '.join(clash)} is measured as a whole.")
+    if data is not None and all(name in probes for name in names):
+        raise ValueError("task_data is for benchmarks, and none is asked for; name a suite (quick, full) or tasks.")
+    tasks = [
+        probes.get(name) or replace(benchmarks.find(name, tuple(probes)), limit=limit, data=data) for name in names
+    ]
+    if twice := [task.name for i, task in enumerate(tasks) if task.name in {other.name for other in tasks[:i]}]:
+        raise ValueError(f"Task {twice[0]!r} was named twice.")
+    return tasks
 
 
 def choose_sources(config: CalibPruneConfig, given: Sources) -> list[OpenSource]:

@@ -36,7 +36,8 @@ CONFIG_OPTIONS = (
         "sequential",
         "damping",
     ),
-    *("capabilities", "seed", "seed_texts", "dtype", "device", "max_overlap"),
+    *("capabilities", "suite", "tasks", "limit", "task_data", "allow_code_execution", "max_overlap"),
+    *("seed", "seed_texts", "dtype", "device"),
 )
 
 
@@ -78,6 +79,30 @@ def _add_evaluation(parser: ArgumentParser) -> None:
         help=f"auto (default: what can be measured here), none, or a list such as {','.join(CAPABILITIES[2:])}",
     )
     parser.add_argument("--perplexity-text", metavar="FILE", help="measure perplexity on this text, not on WikiText-2")
+
+
+def _add_tasks(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite",
+        help="quick (default: a fixed draw of 200 items of each benchmark), full, or pocket (the pocket's default)",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="benchmarks by name, such as hellaswag gsm8k, or FILE.yaml:CAPABILITY, a task of lm-eval; measured "
+        "completely unless --suite or --limit says otherwise",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="items of each benchmark, drawn by a fixed seed")
+    parser.add_argument(
+        "--task-data", metavar="DIR", help="read the benchmarks from local files: DIR/hellaswag.jsonl, ..."
+    )
+    parser.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        default=None,
+        help="run what the model writes for humaneval and mbpp, in a sandbox",
+    )
 
 
 def _pruner(arguments: Namespace, stream: bool | str = "auto") -> CalibPruner:
@@ -160,6 +185,7 @@ class PruneCommand(_Command):
         )
         _add_calibration(parser)
         _add_evaluation(parser)
+        _add_tasks(parser)
         parser.add_argument("--method", help=f"{', '.join(METHODS)} (default {METHODS[0]})")
         parser.add_argument("--sequential", help=f"{', '.join(SEQUENTIAL)} (default {SEQUENTIAL[0]})")
         parser.add_argument(
@@ -331,6 +357,7 @@ class EvaluateCommand(_Command):
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
         _add_evaluation(parser)
+        _add_tasks(parser)
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
@@ -344,11 +371,13 @@ class EvaluateCommand(_Command):
                 found = {"scores": scores.to_dict(), "perplexity": report.to_dict() if report is not None else None}
                 say(json.dumps(found, indent=1))
                 return
-            rows = [["capability", "task", "metric", "items", "score"]]
+            rows = [["capability", "task", "shots", "metric", "items", "chance", "score"]]
             for t in scores.tasks:
-                rows.append([t.capability, t.task, t.metric, str(len(t.item_scores)), f"{100 * t.value:.1f} %"])
-            say(table(rows))
-            for name, reason in scores.not_measured.items():
+                numbers = [str(len(t.item_scores)), f"{100 * t.chance:.1f} %", f"{100 * t.value:.1f} %"]
+                rows.append([t.capability, t.task, str(t.shots), t.metric, *numbers])
+            if scores.tasks:
+                say(table(rows))
+            for name, reason in {**scores.not_measured, **scores.missing_tasks}.items():
                 say(f"Not measured: {name}: {reason}")
             if report is not None:
                 found = f"{report.dense:.3f}" if report.dense is not None else f"not measured ({report.reason})"

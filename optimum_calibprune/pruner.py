@@ -22,11 +22,9 @@ from .calibration.sources import fingerprint
 from .capabilities import contamination
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
-from .capabilities.score import measure
-from .capabilities.tasks import read
+from .capabilities.score import Prepared, measure, prepare
 from .choices import (
     LENGTH,
-    NO_SUITE,
     SAMPLES,
     Sources,
     choose_perplexity_text,
@@ -50,6 +48,7 @@ from .records import (
     BaseModel,
     CalibPruneConfig,
     CalibrationSet,
+    CapabilityReport,
     LayerReport,
     PerplexityReport,
     Plan,
@@ -113,7 +112,8 @@ class CalibPruner:
         self._pruned = False
         self._journal: Journal | None = None
         self._ranks = Ranks.current()
-        self._tasks = choose_tasks(self.config)
+        self._measurement = choose_tasks(self.config)
+        self._prepared: Prepared | None = None
         self._sources = choose_sources(self.config, listed(sources))
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         if self.streamed and any(entry.source.written for entry in self._sources):
@@ -203,7 +203,7 @@ class CalibPruner:
         config = reproduce.public_config(self.config, self.base, sources)
         wanted = mixes.windows_wanted(config.mix, sources, config.samples or SAMPLES)
         written = sum(wanted.get(source.name, 0) for source in sources if source.written)
-        capabilities = [name for name in CAPABILITIES if name in {task.capability for task in self._tasks}]
+        capabilities = self._measurement.capabilities
         return make_plan(self._home, config, self._groups, sorted(wanted), written, capabilities, self._ranks.size)
 
     def prune(
@@ -251,7 +251,8 @@ class CalibPruner:
             {"before it was resumed": journal.earlier} if resume and journal is not None else {}
         )
         plan = self.plan()
-        with _timed(seconds, "calibrate"):  # first, since text that cannot be had is the likeliest failure
+        with _timed(seconds, "calibrate"):  # first, since data that cannot be had is the likeliest failure
+            self._tasks()
             text = self._ranks.once(self._perplexity_text)
             choice = self._kept(Choice, lambda: self.choose_calibration(on_progress=on_progress))
             self.calibration = choice.calibration
@@ -281,7 +282,7 @@ class CalibPruner:
             rows=self.calibration.rows,
             fingerprint=self.calibration.fingerprint,
             prune=prune,
-            capabilities=capability_report(dense, sparse),
+            capabilities=_report(dense, sparse),
             perplexity=text.filled(before.dense, after) if text is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self._home.device),
@@ -338,11 +339,16 @@ class CalibPruner:
         return overlaps
 
     def _item_texts(self) -> dict[str, list[str]]:
-        return {task.name: [contamination.item_text(item) for item in read(task)] for task in self._tasks}
+        return {task.name: task.texts() for task in self._tasks().tasks}
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
-        wanted = {task.name for task in self._tasks if task.capability not in given.not_measured}
+        left_out = {*given.not_measured, *given.missing_tasks}
+        wanted = {
+            task.name
+            for task in self._tasks().tasks
+            if task.name in measured or not left_out & {task.name, task.capability}
+        }
         if measured != wanted:
             raise ValueError(
                 f"dense_scores are of {', '.join(sorted(measured)) or 'no task'}; this run measures "
@@ -447,16 +453,29 @@ class CalibPruner:
         text = self._perplexity_text()
         return text.filled(self._perplexity(text, on_progress), None) if text is not None else None
 
+    def _tasks(self) -> Prepared:
+        """The tasks with their data, which is read once."""
+        if self._prepared is None:
+            chosen = self._measurement
+            self._prepared = prepare(chosen.tasks, required=chosen.required, token=self.token)
+            self._prepared.missing |= chosen.refused
+        return self._prepared
+
     def _measure(self, stage: str, on_progress: Progress | None) -> Scores:
-        reason = NO_SUITE if not self.is_pocket else "not asked for"
-        asked = {task.capability for task in self._tasks}
-        missing = {name: reason for name in CAPABILITIES if name not in asked}
-        if not self._tasks:
-            return Scores((), missing)
-        found = measure(self.model, self.tokenizer, self._tasks, on_progress=_stage(on_progress, stage))
-        fingerprints = {name: contamination.fingerprint(texts) for name, texts in self._item_texts().items()}
-        tasks = tuple(replace(task, fingerprint=fingerprints[task.task]) for task in found.tasks)
-        return Scores(tasks, missing | found.not_measured)
+        tasks = self._tasks()
+        asked = {*self._measurement.capabilities, *(capability for capability, _ in tasks.missing.values())}
+        missing = {name: "not asked for" for name in CAPABILITIES if name not in asked}
+        if not tasks.tasks:
+            return Scores((), missing | tasks.not_measured(())[0])
+        found = measure(
+            self.model,
+            self.tokenizer,
+            tasks,
+            on_progress=_stage(on_progress, stage),
+            required=self._measurement.required,
+            keep=not self.streamed,  # its journal keeps them
+        )
+        return replace(found, not_measured=missing | found.not_measured)
 
     def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source
@@ -558,6 +577,14 @@ class CalibPruner:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def _report(dense: Scores, sparse: Scores) -> CapabilityReport:
+    """Retention over the tasks of both; those that are missing stand among what was not measured."""
+    of_both = {task.task for task in sparse.tasks}
+    dense = replace(dense, tasks=tuple(task for task in dense.tasks if task.task in of_both))
+    report = capability_report(dense, sparse)
+    return replace(report, not_measured=report.not_measured | dense.missing_tasks | sparse.missing_tasks)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .values import (
     METHODS,
     NORMALISE,
     SEQUENTIAL,
+    SUITES,
     MixRule,
     Sparsity,
     SparsityPattern,  # noqa: F401 (other rooms take it from here)
@@ -46,6 +47,11 @@ class CalibPruneConfig(Record):
     the SparseGPT paper.
     `seed_texts` is a JSON file with the short texts, by capability, that the model continues for `mix="igsp"`.
     `max_overlap` is the share of a task's items, 0 to 1, that may have 13 words in a row in common with the calibration set.
+    `suite` is `"quick"` (a fixed draw of 200 items of each benchmark), `"full"`, or `"pocket"` (the probes of the pocket
+    model, its default); other models are measured with `"quick"`. `tasks` names some of them instead, or files of lm-eval,
+    `"FILE.yaml:CAPABILITY"`; they are measured completely unless a suite or a `limit` (items a task) says otherwise.
+    `task_data` is a folder with the tasks' data in local files. Code that a model has written for the tasks of benchmarks
+    runs only with `allow_code_execution`, and then in the sandbox.
     """
 
     model: str
@@ -61,6 +67,11 @@ class CalibPruneConfig(Record):
     sequential: str = "module"
     damping: float = 0.01
     capabilities: tuple[str, ...] = ("auto",)
+    suite: str | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    task_data: str | None = None
+    allow_code_execution: bool = False
     seed: int = 0
     seed_texts: str | None = None
     dtype: str = "auto"
@@ -73,6 +84,9 @@ class CalibPruneConfig(Record):
         if isinstance(self.capabilities, str):
             object.__setattr__(self, "capabilities", tuple(part.strip() for part in self.capabilities.split(",")))
         object.__setattr__(self, "sources", (self.sources,) if isinstance(self.sources, str) else tuple(self.sources))
+        object.__setattr__(self, "tasks", (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks))
+        if self.task_data is not None:
+            object.__setattr__(self, "task_data", str(self.task_data))
         require(bool(self.model), "No model was given: a Hub id, a local folder, or 'pocket'.")
         for kind, allowed in (("method", METHODS), ("sequential", SEQUENTIAL), ("allocation", ALLOCATIONS)):
             if getattr(self, kind) not in allowed:
@@ -86,7 +100,9 @@ class CalibPruneConfig(Record):
             for name in self.capabilities:
                 if name not in CAPABILITIES:
                     raise unknown("capability", name, (*CAPABILITIES, "auto", "none"))
-        for name, least in (("samples", 1), ("length", 8), ("micro_batch", 1)):
+        if self.suite is not None and self.suite not in SUITES:
+            raise unknown("suite", self.suite, SUITES)
+        for name, least in (("samples", 1), ("length", 8), ("micro_batch", 1), ("limit", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, f"{name} must be at least {least}; {value} was given.")
         require(0 < self.damping < 1, f"damping is a share of the mean diagonal in (0, 1); {self.damping} was given.")
@@ -346,12 +362,17 @@ class TaskScore(Record):
     """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `fingerprint` is
     the SHA-256 of the items' texts in their order; it is empty in records of runs that did not keep it."""
 
+    """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `shots` counts the
+    examples in a prompt; `data` says where the items are from."""
+
     task: str
     capability: str
     metric: str
     chance: float
     item_scores: tuple[float, ...]
     fingerprint: str = ""
+    shots: int = 0
+    data: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.item_scores), f"Task {self.task!r} has no items.")
@@ -363,10 +384,12 @@ class TaskScore(Record):
 
 @dataclass(frozen=True)
 class Scores(Record):
-    """All tasks of one model, and the capabilities that could not be measured, with the reason."""
+    """All tasks of one model, and with the reason the capabilities that could not be measured, and the tasks that are
+    missing from those that were."""
 
     tasks: tuple[TaskScore, ...]
     not_measured: dict[str, str] = field(default_factory=dict)
+    missing_tasks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

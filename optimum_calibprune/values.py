@@ -19,6 +19,7 @@ METHODS = ("sparsegpt", "wanda", "magnitude")
 SEQUENTIAL = ("module", "block")
 NORMALISE = ("none", "trace", "minimax")
 ALLOCATIONS = ("uniform", "owl")
+SUITES = ("pocket", "quick", "full")
 
 # The options of each mix, with their defaults; what they mean stands where they are used.
 OPTIONS: dict[str, dict[str, float]] = {

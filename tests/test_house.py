@@ -51,8 +51,13 @@ MAY_IMPORT = {
     "_optimum_register": {"cli"},
 }
 HOMES = {  # each heavy library has one home
-    "datasets": {"calibration/from_hub.py", "calibration/sources.py", "capabilities/tasks.py"},
-    "lm_eval": {"capabilities/engine.py", "capabilities/score.py"},
+    "datasets": {
+        "calibration/from_hub.py",
+        "calibration/sources.py",
+        "capabilities/harness.py",
+        "capabilities/tasks.py",
+    },
+    "lm_eval": {"capabilities/engine.py", "capabilities/harness.py", "capabilities/score.py"},
     "greenlet": {"pruning/forward.py"},
     "matplotlib": {"publishing/plots.py"},
     "triton": {f"pruning/kernels/triton_{name}.py" for name in ("sweep", "select", "gram")},

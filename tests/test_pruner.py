@@ -292,7 +292,8 @@ def test_an_unknown_model_is_named_with_a_way_out() -> None:
     ("options", "message"),
     [
         ({"sources": ["c5"]}, "Did you mean 'c4'"),
-        ({"capabilities": "code"}, "measures capabilities of the pocket model only"),
+        ({"capabilities": "code"}, "runs only with allow_code_execution=True"),
+        ({"tasks": "hellasvag"}, "Unknown task .hellasvag.. Did you mean .hellaswag."),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_looked_for(options: dict, message: str) -> None:

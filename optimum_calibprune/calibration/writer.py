@@ -174,8 +174,8 @@ def continue_rows(
     written: list[list[int]] = [[] for _ in prompts]
     with torch.inference_mode():
         for step in range(max(limits)):
-            places = _places(model, mask, ids)
-            logits = model(input_ids=ids, **kept, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
+            where = places(model, mask, ids)
+            logits = model(input_ids=ids, **kept, use_cache=True, logits_to_keep=1, **where).logits[:, -1]
             drawn = draw(logits.float(), text, step)
             for row, token in zip(live, drawn.tolist(), strict=True):
                 written[row].append(token)
@@ -197,7 +197,7 @@ def _parameters(model: PreTrainedModel) -> Collection[str]:
     return inspect.signature(model.forward).parameters
 
 
-def _places(model: PreTrainedModel, mask: Tensor, ids: Tensor) -> dict[str, Tensor]:
+def places(model: PreTrainedModel, mask: Tensor, ids: Tensor) -> dict[str, Tensor]:
     """What tells left-padded rows where their text begins; models without `position_ids` take it from the mask, and Mamba
     wants the mask of what it reads now, not of what it has read."""
     if "cache_params" in _parameters(model):

@@ -1,66 +1,207 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores a model on tasks: lm-eval asks the model, the three kinds of scoring stand here."""
+"""Scores a model on tasks: lm-eval asks the model and scores the benchmarks, the probes are scored here."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..records import Scores, TaskScore
-from .sandbox import SandboxUnavailable, isolation, run_programs
+from . import contamination, store
+from .benchmarks import Benchmark
+from .harness import Loaded, fingerprint, load
+from .sandbox import SandboxUnavailable, check_programs, isolation
 from .tasks import Task, lm_eval_config, read
 
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .engine import Engine
+
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 Responses = list[list[Any]]  # for each item what lm-eval returned: (log-likelihood, greedy) a choice, or one text
 
 
+class Probes:
+    """A task of the pocket's kind with its items, ready to be asked."""
+
+    def __init__(self, task: Task) -> None:
+        from lm_eval.tasks import TaskManager
+
+        self.task = task
+        self.name, self.capability, self.shots, self.data = task.name, task.capability, 0, task.path.name
+        self.runs_code = task.kind == "pass@1"
+        self._part = TaskManager(include_defaults=False).load([lm_eval_config(task)])["tasks"][task.name]
+        self._part.build_all_requests()
+
+    def requests(self) -> list[Instance]:
+        return self._part.instances
+
+    def items(self) -> int:
+        return len(self._part.eval_docs)
+
+    def chance(self) -> float:
+        return self.task.chance
+
+    def texts(self) -> list[str]:
+        return [contamination.item_text(item) for item in read(self.task)]
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.requests(), self.task.kind, self.task.marker)
+
+    def scores(self, answers: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[float, ...]]:
+        responses: dict[int, list[Any]] = {}
+        for request, answer in zip(self.requests(), answers, strict=True):
+            responses.setdefault(request.doc_id, []).append(answer)
+        return self.task.kind, score(self.task, list(responses.values()), tokenizer)
+
+
+@dataclass
+class Prepared:
+    """Tasks with their data, and why others cannot be had here: by task, its capability and the reason."""
+
+    tasks: list[Loaded | Probes] = field(default_factory=list)
+    missing: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def not_measured(self, measured: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Reasons by capability, where none of its tasks is left, and by task."""
+        present = set(measured)
+        reasons: dict[str, dict[str, list[str]]] = {}
+        for task, (capability, why) in self.missing.items():
+            reasons.setdefault(capability, {}).setdefault(why, []).append(task)
+        capabilities = {
+            capability: "; ".join(f"{why} ({', '.join(tasks)})" for why, tasks in found.items())
+            for capability, found in reasons.items()
+            if capability not in present
+        }
+        return capabilities, {task: why for task, (name, why) in self.missing.items() if name in present}
+
+
+def prepare(tasks: Sequence[Task | Benchmark], *, required: bool = True, token: str | None = None) -> Prepared:
+    """Reads the data of tasks. Where it cannot be had, and the tasks are not `required`, the reason is kept.
+
+    Raises `ValueError` for required tasks, and for probes, whose files must do.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # notices about how tasks and models should be written
+    prepared = Prepared()
+    unreachable = ""
+    for task in tasks:
+        if isinstance(task, Task):
+            prepared.tasks.append(Probes(task))
+            continue
+        try:
+            if unreachable and task.data is None:
+                raise ValueError(unreachable)
+            prepared.tasks.append(load(task, token))
+        except (ValueError, ConnectionError) as error:
+            if required:
+                raise ValueError(f"Task {task.name!r} cannot be measured: {str(error).rstrip('.')}.") from error
+            prepared.missing[task.name] = (task.capability, str(error))
+            if isinstance(error, ConnectionError):
+                unreachable = "the Hub cannot be reached"
+    return prepared
+
+
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | Benchmark] | Prepared,
     *,
     on_progress: Progress | None = None,
+    required: bool = True,
+    keep: bool = False,
 ) -> Scores:
     """The score of every item of every task. Generated code runs in the sandbox, or, where nothing can be isolated
-    here, not at all: its capability is then not measured."""
+    here, not at all: its task is then not measured.
+
+    Args:
+        on_progress: called with (items done, items, "task, items a second").
+        required: whether a task that cannot be measured is an error; else it is named with the reason.
+        keep: whether each task's scores are kept in the cache and read from there, for the same weights and questions.
+    """
     from .engine import Engine
 
-    for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # notices about models that come from memory, as ours do
+    prepared = tasks if isinstance(tasks, Prepared) else prepare(tasks, required=required)
+    missing = dict(prepared.missing)
     engine = Engine(model, tokenizer)
-    results, not_measured = [], {}
-    for i, task in enumerate(tasks):
-        if on_progress is not None:
-            on_progress(i, len(tasks), task.name)
-        if task.kind == "pass@1" and not isolation().available:
-            not_measured[task.capability] = f"generated code cannot be isolated here: {isolation().reason}"
-            continue
-        responses = _responses(engine, task)
+    identity = store.of_model(model, tokenizer) if keep and prepared.tasks else None
+    results = []
+    for task in prepared.tasks:
         try:
-            items = score(task, responses, tokenizer)
-        except SandboxUnavailable as error:  # what worked at the start may fail later, on a machine without memory
-            not_measured[task.capability] = str(error)
-            continue
-        results.append(TaskScore(task.name, task.capability, task.kind, task.chance, items))
-    if on_progress is not None:
-        on_progress(len(tasks), len(tasks), "")
-    return Scores(tuple(results), not_measured)
+            results.append(_measured(engine, task, tokenizer, on_progress, identity))
+        except SandboxUnavailable as error:
+            missing[task.name] = (task.capability, str(error))
+        except ValueError as error:
+            if required:
+                raise ValueError(f"Task {task.name!r} cannot be measured: {error}.") from error
+            missing[task.name] = (task.capability, str(error))
+    capabilities, left_out = Prepared([], missing).not_measured(result.capability for result in results)
+    return Scores(tuple(results), capabilities, left_out)
 
 
-def _responses(engine: Any, task: Task) -> Responses:
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
+def _measured(
+    engine: Engine,
+    task: Loaded | Probes,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: Progress | None,
+    identity: str | None,
+) -> TaskScore:
+    """One task, from the cache where it is there."""
+    key = hashlib.sha256(f"{identity} {task.fingerprint()}".encode()).hexdigest() if identity is not None else None
+    tell = on_progress or (lambda done, total, text: None)
+    items = task.items()
+    if key is not None and (known := store.load(key)) is not None:
+        tell(items, items, f"{task.name}, from the cache")
+        return known
+    if task.runs_code and not isolation().available:
+        raise SandboxUnavailable(f"generated code cannot be isolated here: {isolation().reason}")
+    started = time.perf_counter()
 
-    loaded = TaskManager(include_defaults=False).load([lm_eval_config(task)])
-    answered = evaluate(lm=engine, task_dict=loaded, bootstrap_iters=0, log_samples=True)
-    samples = sorted(answered["samples"][task.name], key=lambda sample: sample["doc_id"])
-    return [sample["filtered_resps"] for sample in samples]
+    def on_answers(done: int, total: int) -> None:
+        rate = items * done / total / max(time.perf_counter() - started, 1e-9)
+        tell(items * done // total, items, f"{task.name}, {rate:.1f} items/s")
+
+    tell(0, items, task.name)
+    engine.on_answers = on_answers
+    responses = ask(engine, task.requests())
+    metric, values = task.scores(responses, tokenizer)
+    result = TaskScore(
+        task=task.name,
+        capability=task.capability,
+        metric=metric,
+        chance=task.chance(),
+        item_scores=values,
+        fingerprint=contamination.fingerprint(task.texts()),
+        shots=task.shots,
+        data=task.data,
+    )
+    if key is not None:
+        store.save(key, result)
+    return result
+
+
+def ask(engine: HFLM, requests: list[Instance]) -> list[Any]:
+    """The engine's answer to each request; requests of one kind are asked together."""
+    given: list[Any] = [None] * len(requests)
+    for kind in dict.fromkeys(request.request_type for request in requests):
+        places = [i for i, request in enumerate(requests) if request.request_type == kind]
+        found = getattr(engine, kind)([requests[i] for i in places], disable_tqdm=True)
+        for place, answer in zip(places, found, strict=True):
+            given[place] = answer
+    return given
+
+
+# ------------------------------------------------------------------------------------------------ probes
 
 
 def score(task: Task, responses: Responses, tokenizer: PreTrainedTokenizerBase) -> tuple[float, ...]:
@@ -72,8 +213,8 @@ def score(task: Task, responses: Responses, tokenizer: PreTrainedTokenizerBase) 
     if task.kind == "exact_match":
         return tuple(_exact_match(task, item, text) for item, text in zip(items, texts, strict=True))
     if task.kind == "pass@1":
-        programs = [f"{item['prompt']}{text}\n\n{item['tests']}\n" for item, text in zip(items, texts, strict=True)]
-        return tuple(float(verdict.passed) for verdict in run_programs(programs))
+        programs = [(item["prompt"] + text, item["tests"]) for item, text in zip(items, texts, strict=True)]
+        return tuple(float(verdict.passed) for verdict in check_programs(programs))
     raise AssertionError(task.kind)
 
 

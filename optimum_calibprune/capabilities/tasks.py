@@ -62,7 +62,7 @@ def pocket_tasks(capabilities: Iterable[str], folder: Path | None = None) -> lis
 
 def read(task: Task) -> list[dict[str, Any]]:
     """The items of a task; `ValueError` for a file without any, or with one that lacks a column."""
-    lines = [line for line in task.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in task.path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"Task {task.name!r} has no items: {task.path} is empty.")
     items = []

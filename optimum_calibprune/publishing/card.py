@@ -257,7 +257,7 @@ def retention_table(run: RunRecord) -> list[list[str]]:
         rows.append([row["name"].replace("*", ""), row["dense"], row["sparse"], row["retention"], row["interval"]])
     total = _total(run)
     if total is not None:
-        rows.append(["total", "", "", total["retention"], total["interval"]])
+        rows.append([f"total ({total['over']})", "", "", total["retention"], total["interval"]])
     text = run.perplexity
     if text is not None and text.dense is not None and text.sparse is not None:
         rows.append([f"perplexity, {text.text}", f"{text.dense:.2f}", f"{text.sparse:.2f}", "", ""])

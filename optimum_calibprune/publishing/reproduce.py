@@ -50,6 +50,7 @@ def command(
             words += [f"--{name.replace('_', '-')}", str(value)]
     if config.capabilities != defaults.capabilities:
         words += ["--capabilities", ",".join(config.capabilities)]
+    words += _measuring(config)
     if text is not None and text.path:
         words += ["--perplexity-text", Path(text.path).name]
     in_memory = [s.name for s in sources if not (s.path or s.repo or s.written)]
@@ -67,7 +68,30 @@ def public_config(config: CalibPruneConfig, base: BaseModel, sources: Sequence[C
         model=base.name,
         sources=_public_names(config, sources) if config.sources else (),
         seed_texts=Path(config.seed_texts).name if config.seed_texts is not None else None,
+        tasks=_public_tasks(config),
+        task_data=Path(config.task_data).name if config.task_data is not None else None,
     )
+
+
+def _measuring(config: CalibPruneConfig) -> list[str]:
+    """The words that say which tasks were measured."""
+    words = []
+    if config.suite is not None:
+        words += ["--suite", config.suite]
+    if config.tasks:
+        words += ["--tasks", *_public_tasks(config)]
+    if config.limit is not None:
+        words += ["--limit", str(config.limit)]
+    if config.task_data is not None:
+        words += ["--task-data", Path(config.task_data).name]
+    if config.allow_code_execution:
+        words += ["--allow-code-execution"]
+    return words
+
+
+def _public_tasks(config: CalibPruneConfig) -> tuple[str, ...]:
+    """The tasks as they were named, a user's own files without their folder."""
+    return tuple(Path(name).name for name in config.tasks)
 
 
 def public_source(source: CalibrationSource) -> CalibrationSource:

@@ -132,7 +132,7 @@ class Study:
             options={name: str(getattr(dense.config, name)) for name in SHARED}
             | {"dtype": str(dense.model.dtype).removeprefix("torch.")}
             | ({"allocation": dense.config.allocation} if dense.config.allocation != "uniform" else {}),
-            capabilities=dense.plan().capabilities,
+            capabilities=tuple(name for name in CAPABILITIES if name in {task.capability for task in tasks}),
             probes={task.name: fingerprints.of_path(task.path) for task in tasks},
             perplexity_text=fingerprints.of_path(Path(perplexity_text)) if perplexity_text is not None else "",
             seed_texts=fingerprints.of_path(Path(seed_texts)) if seed_texts is not None else "",
@@ -195,8 +195,13 @@ class Study:
 
 def _tasks(pruner: CalibPruner, probes: Path | None) -> list[Task]:
     """The tasks of the pruner's capabilities, on other probes where a folder of them is given; each file is read once."""
+    asked = pruner.config.capabilities
     if not pruner.is_pocket:
         require(probes is None, f"--probes are questions for the pocket model; {pruner.base.name} is another one.")
+        require(
+            asked in (("auto",), ("none",)),
+            f"Capabilities {', '.join(asked)} were asked for, but a study measures those of the pocket model only; use 'auto'.",
+        )
         return []
     tasks = pocket_tasks(pruner.plan().capabilities, probes)
     for task in tasks:

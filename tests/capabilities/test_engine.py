@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_calibprune import pocket
+from optimum_calibprune.capabilities import batches
+from optimum_calibprune.capabilities.batches import by_beginning, of_similar_length
 from optimum_calibprune.capabilities.engine import Engine
+from tests.pruning.test_families import FAMILIES
 
 
 ITEMS = 40
@@ -85,3 +93,115 @@ def test_a_prompt_beyond_the_context_loses_its_beginning(engines: tuple[Engine, 
     asked = requests("generate_until", [(prompt, {"until": ["\n"], "do_sample": False, "max_gen_toks": 12})])
     ours, theirs = (engine.generate_until(asked, disable_tqdm=True) for engine in engines)
     assert ours == theirs
+
+
+def test_a_prompt_beyond_the_context_loses_its_beginning_before_choices_too(engines: tuple[Engine, HFLM]) -> None:
+    prompt = "One day Tom was hungry. " * 200 + "Then he"
+    asked = requests("loglikelihood", [(prompt, " ate."), (prompt, " went home and ate the bread."), ("Tom", " ate.")])
+    ours, theirs = (engine.loglikelihood(asked, disable_tqdm=True) for engine in engines)
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-3)
+
+
+def test_answers_longer_than_the_context_are_refused_in_a_sentence(engines: tuple[Engine, HFLM]) -> None:
+    engine = engines[0]
+    long = " bread" * 3000
+    with pytest.raises(
+        ValueError, match=r"the answer 'Tom ate bread.* has \d+ tokens; .* at most the 1024 of the model"
+    ):
+        engine.loglikelihood(requests("loglikelihood", [("Tom ate", long)]))
+    with pytest.raises(ValueError, match="its texts may have 1024 tokens, which must fit with the prompt into"):
+        engine.generate_until(requests("generate_until", [("Tom", {"until": ["."], "max_gen_toks": 1024})]))
+
+
+# ------------------------------------------------------------------------------------- any model and tokenizer
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A token a word, without a padding token or any other special one but the end."""
+    vocabulary = {"</s>": 0, **{f"w{i}": i for i in range(1, 64)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w1"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def tiny(family: str) -> Any:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family].config()).float().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    model.generation_config.eos_token_id = 0
+    return model
+
+
+CHOICES = [("w3 w4 w5", f" {text}") for text in ("w6", "w7 w8 w9", "w6 w10 w11 w12 w13 w14 w15", "w7 w8")]
+CHOICES += [("w9 w3 w8 w5", f" {text}") for text in ("w6 w8", "w3")] + [("w3 w4 w5 w9 w2 w20", " w6 w7")]
+
+
+@pytest.mark.parametrize("shared_tokens", [64, 2], ids=["alone", "shared beginning"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_with_lm_eval_whatever_carries_its_text_on(
+    family: str, shared_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "SHARED_TOKENS", shared_tokens)
+    model, tokenizer = tiny(family), words()
+    engine = Engine(model, tokenizer)
+    theirs = HFLM(pretrained=model, tokenizer=words(), batch_size=1, device="cpu")
+    asked = requests("loglikelihood", CHOICES)
+    expected = theirs.loglikelihood(asked, disable_tqdm=True)
+    found = engine.loglikelihood(asked)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=2e-3, rel=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert tokenizer.pad_token is None, "the caller's tokenizer is as it was"
+
+
+def test_prompts_are_parted_by_what_they_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "SHARED_TOKENS", 3)
+    prompts = sorted([(1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (1, 2, 3, 9), (7, 8, 9, 1), (7, 8, 9), (5, 5), (6, 5, 4, 3)])
+    assert by_beginning(prompts) == [
+        (0, [(5, 5), (6, 5, 4, 3), (7, 8, 9), (7, 8, 9, 1)]),  # what is shared leaves each a token of its own
+        (3, [(1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (1, 2, 3, 9)]),
+    ]
+    long = (1, 2, 3, 4, 5, 6, 7, 8)
+    assert by_beginning([(*long, 9), (*long, 10), (*long[:3], 9)]) == [
+        (0, [(1, 2, 3, 9)]),
+        (8, [(*long, 9), (*long, 10)]),
+    ]
+
+
+def test_rows_are_parted_so_that_little_is_padded() -> None:
+    rows = [(0,) * length for length in (3, 40, 10, 33, 12, 9, 31)]
+    assert [[len(row) for row in group] for group in of_similar_length(rows, len)] == [[40, 33, 31], [12, 10, 9], [3]]
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_batches_are_halved_where_memory_runs_out(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, most = tiny(family), 3
+    forward, sizes = model.forward, []
+
+    @wraps(forward)
+    def limited(*args: Any, **inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **inputs)
+
+    asked = requests("loglikelihood", [(f"w{i} w{i + 1}", f" w{i + 2} w{i % 7 + 1}") for i in range(1, 40)])
+    texts = requests(
+        "generate_until", [(f"w{i} w{i + 1}", {"until": ["w9"], "max_gen_toks": 6}) for i in range(1, 20)]
+    )
+    free = Engine(model, words())
+    expected, written = free.loglikelihood(asked), free.generate_until(texts)
+    engine = Engine(model, words())
+    monkeypatch.setattr(model, "forward", limited)
+    with caplog.at_level(logging.WARNING):
+        found = engine.loglikelihood(asked)
+        assert engine.generate_until(texts) == written
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert max(sizes) > most >= sorted(sizes)[len(sizes) // 2]
+    assert "Out of GPU memory: batches are halved, from 39 texts." in caplog.text
+    most = 0
+    with pytest.raises(MemoryError, match="Out of GPU memory with a single text"):
+        engine.loglikelihood(asked)

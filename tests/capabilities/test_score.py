@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,11 @@ def test_generation_ends_where_the_task_says(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     tasks = [short(task, tmp_path) for task in pocket_tasks(["code", "math"])]
-    scores = scoring.measure(model, tokenizer, tasks)
+    told: list[tuple[int, int, str]] = []
+    scores = scoring.measure(model, tokenizer, tasks, on_progress=lambda *progress: told.append(progress))
+    assert told[0] == (0, 12, "pocket_code")
+    assert told[-1][:2] == (12, 12)
+    assert re.fullmatch(r"pocket_math, \d+\.\d items/s", told[-1][2])
     assert {t.task: len(t.item_scores) for t in scores.tasks} == {"pocket_code": 12, "pocket_math": 12}
     assert all(t.value > 0.7 for t in scores.tasks)
 

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores are kept by task: for the same weights and questions only, and across a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from optimum_calibprune import pocket
+from optimum_calibprune.capabilities import score as scoring
+from optimum_calibprune.capabilities import store
+from optimum_calibprune.capabilities.engine import Engine
+from optimum_calibprune.capabilities.score import measure
+from optimum_calibprune.capabilities.tasks import Task, pocket_tasks
+from optimum_calibprune.records import Scores
+
+
+EVALUATE = """
+from optimum_calibprune import CalibPruner
+print(CalibPruner.from_pretrained("pocket").evaluate().to_json())
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(store, "place", lambda key: kept / f"{key}.json")
+    return kept
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(pocket.MODEL, dtype="float32").eval()
+
+
+def short(tmp_path: Path, count: int = 12) -> list[Task]:
+    tasks = []
+    for task in pocket_tasks(["commonsense", "math"]):
+        path = tmp_path / task.path.name
+        path.write_text("\n".join(task.path.read_text().splitlines()[:count]) + "\n")
+        tasks.append(Task(**{**task.__dict__, "path": path}))
+    return tasks
+
+
+def test_the_same_model_is_asked_once_and_another_one_again(
+    folder: Path, tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    first = measure(model, tokenizer, short(tmp_path), keep=True)
+    assert len(list(folder.iterdir())) == 2
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "ask", lambda *_: pytest.fail("the model was asked again"))
+        again = measure(
+            model, tokenizer, short(tmp_path), keep=True, on_progress=lambda done, total, text: told.append(text)
+        )
+    assert again == first
+    assert told == ["pocket_commonsense, from the cache", "pocket_math, from the cache"]
+
+    asked: list[str] = []
+    ask = scoring.ask
+    monkeypatch.setattr(
+        scoring, "ask", lambda engine, requests: asked.append(requests[0].task_name) or ask(engine, requests)
+    )
+    measure(model, tokenizer, short(tmp_path))  # without keeping
+    measure(model, tokenizer, short(tmp_path, count=11), keep=True)  # other items
+    assert asked == ["pocket_commonsense", "pocket_math"] * 2
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = 0.0
+    measure(model, tokenizer, short(tmp_path), keep=True)  # other weights
+    with torch.no_grad():
+        weight[0, 0] = before
+    measure(model, tokenizer, short(tmp_path), keep=True)
+    assert asked == ["pocket_commonsense", "pocket_math"] * 3
+
+
+def test_damaged_scores_are_measured_anew(
+    folder: Path, tmp_path: Path, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    first = measure(model, tokenizer, short(tmp_path), keep=True)
+    for path in folder.iterdir():
+        path.write_text(path.read_text()[:100])
+    assert measure(model, tokenizer, short(tmp_path), keep=True) == first
+    assert "damaged" in caplog.text
+
+
+def test_a_task_that_fails_leaves_the_finished_ones(
+    folder: Path, tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("Out of GPU memory with a single text")
+
+    monkeypatch.setattr(Engine, "generate_until", fail)
+    with pytest.raises(MemoryError):
+        measure(model, AutoTokenizer.from_pretrained(pocket.MODEL), short(tmp_path), keep=True)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_an_evaluation_that_was_killed_goes_on_after_the_finished_tasks(tmp_path: Path) -> None:
+    def start() -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", EVALUATE]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HOME": str(tmp_path)})
+
+    def kept() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("assets/*/scores/default/*.json")}
+
+    killed = start()
+    while not kept():
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    finished = kept()
+    assert 1 <= len(finished) < 4
+
+    second = start()
+    scores = Scores.from_json(second.communicate()[0])
+    assert second.returncode == 0
+    assert {task.task: len(task.item_scores) for task in scores.tasks} == dict.fromkeys(
+        ["pocket_general", "pocket_commonsense", "pocket_code", "pocket_math"], 400
+    )
+    assert {name: kept()[name] for name in finished} == finished, "the finished tasks were not measured again"
+    assert len(kept()) == 4
