@@ -197,19 +197,59 @@ class PruneCommand(_Command):
             self._push()
 
     def _push(self) -> None:
-        from .publishing.hub import push_folder
+        from .publishing.push import push_folder
 
-        private = " --private" if self.args.private else ""
-        finish = f"hf upload {self.args.push_to_hub} {self.args.output}{private}"
-        with errors(FAILED, f"the result is safe in {self.args.output}; finish with: {finish}"):
-            try:
-                commit = push_folder(self.args.output, self.args.push_to_hub, private=self.args.private)
-            except (OSError, ValueError) as error:
-                raise OSError(
-                    f"{self.args.push_to_hub} was not pushed: {error} The result is safe in {self.args.output}; "
-                    f"finish with: {finish}"
-                ) from error
+        with errors(FAILED, f"the result is safe in {self.args.output}; 'calibprune push' finishes the upload"):
+            commit = push_folder(self.args.output, self.args.push_to_hub, private=self.args.private)
             say(f"Pushed: {commit.commit_url}", to_stderr=self.args.json)
+
+
+class PushCommand(_Command):
+    """Upload a saved run, or finish an upload that was cut off."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("folder", metavar="DIR", help="folder that a run was saved to")
+        parser.add_argument("repo_id", metavar="ID", help="repo to upload it to; a bare name belongs to you")
+        parser.add_argument("--private", action="store_true", default=None, help="create that repo as a private one")
+        parser.add_argument("--revision", help="branch to commit to, made where it does not exist")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+        parser.add_argument("--message", help="message of the commit")
+        parser.add_argument(
+            "--collection", action="store_true", help="add it to your collection of models pruned from the same base"
+        )
+
+    def _run(self, check: Callable[[], None]) -> None:
+        arguments = self.args
+        from .publishing.push import base_of, collect, push_folder
+
+        with errors(FAILED, f"{arguments.folder} is as it was; the same command finishes the upload"):
+            commit = push_folder(
+                arguments.folder,
+                arguments.repo_id,
+                private=arguments.private,
+                revision=arguments.revision,
+                create_pr=arguments.create_pr,
+                commit_message=arguments.message,
+            )
+            say(f"Pushed: {commit.pr_url or commit.commit_url}")
+            if arguments.collection:
+                say(f"Collected: {collect(commit.repo_url.repo_id, base_of(arguments.folder))}")
+
+
+class CardCommand(_Command):
+    """Draw the card of a saved run again, from its record."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("name", metavar="DIR|ID", help="folder, or repo on the Hub, that a run was saved to")
+        parser.add_argument("--revision", help="branch of the repo")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+
+    def _run(self, check: Callable[[], None]) -> None:
+        from .publishing.push import redraw
+
+        say(redraw(self.args.name, revision=self.args.revision, create_pr=self.args.create_pr))
 
 
 class SourcesCommand(BaseOptimumCLICommand):
@@ -347,6 +387,8 @@ class CalibPruneCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="calibprune", help="Prune language models and measure what each capability kept.")
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Calibrate, prune, measure and save.", subcommand_class=PruneCommand),
+        CommandInfo(name="push", help="Upload a saved run.", subcommand_class=PushCommand),
+        CommandInfo(name="card", help="Draw a model card again.", subcommand_class=CardCommand),
         CommandInfo(name="sources", help="List calibration sources.", subcommand_class=SourcesCommand),
         CommandInfo(name="mix", help="Choose a calibration set and show it.", subcommand_class=MixCommand),
         CommandInfo(name="evaluate", help="Measure a model's capabilities.", subcommand_class=EvaluateCommand),

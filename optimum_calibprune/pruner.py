@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from .loading import load_model
 from .planning import make_plan
 from .pruning import allocation, blocks, schedule
 from .publishing import hub, reproduce
+from .publishing.push import push_folder
 from .records import (
     CAPABILITIES,
     BaseModel,
@@ -48,6 +50,7 @@ from .records import (
     PruneReport,
     RunRecord,
     Scores,
+    TaskRetention,
 )
 
 
@@ -214,6 +217,7 @@ class CalibPruner:
             hardware=machine.hardware(self.model.device),
             seconds=seconds,
             peak_memory=machine.peak_memory(),
+            tasks=TaskRetention.of(dense, sparse),
         )
         return self.record
 
@@ -341,10 +345,9 @@ class CalibPruner:
             push_to_hub: upload it afterwards to `repo_id` (default: the folder's name), with the arguments `push`.
         """
         run, calibration = self._finished()
-        token = push.pop("token", self.token)
-        if push_to_hub:
-            repo_id = hub.full_name(repo_id or Path(save_directory).resolve().name, token)
-        hub.save_run(
+        if push_to_hub and repo_id is None:
+            repo_id = Path(save_directory).resolve().name
+        folder = hub.save_run(
             save_directory,
             self.model,
             self.tokenizer,
@@ -355,7 +358,7 @@ class CalibPruner:
             overwrite=overwrite,
         )
         if push_to_hub and repo_id is not None:
-            hub.push_folder(save_directory, repo_id, token=token, **push)
+            push_folder(folder, repo_id, token=push.pop("token", self.token), **push)
 
     def push_to_hub(
         self,
@@ -367,22 +370,24 @@ class CalibPruner:
         create_pr: bool = False,
         commit_message: str | None = None,
     ) -> CommitInfo:
-        """Uploads checkpoint, tokenizer, records and card to `repo_id` in one commit; creates the repo if needed."""
+        """Uploads checkpoint, tokenizer, records and card to `repo_id` in one commit; creates the repo if needed.
+
+        Where that fails, the run stays in a temporary folder, and the error ends with the command that finishes the push.
+        """
         run, calibration = self._finished()
-        token = token or self.token
-        repo_id = hub.full_name(repo_id, token)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "run"
-            hub.save_run(folder, self.model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
-            return hub.push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+        folder = Path(tempfile.mkdtemp(prefix="calibprune-")) / "run"
+        hub.save_run(folder, self.model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
+        commit = push_folder(
+            folder,
+            repo_id,
+            private=private,
+            token=token or self.token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        return commit
 
     def _finished(self) -> tuple[RunRecord, CalibrationSet]:
         if self.record is None or self.calibration is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,10 @@ def test_the_installed_wheel_prunes_the_pocket_from_another_folder(environment: 
         "sys.argv[1:] = 'calibprune prune pocket --samples 8 --length 64 --capabilities math --output out'.split()\n"
         "main()"
     )
-    done = subprocess.run([str(environment), "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which may name a checkout
+    done = subprocess.run(
+        [str(environment), "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=bare
+    )
     assert done.returncode == 0, done.stderr
     assert "math (worst)" in done.stdout
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\n")

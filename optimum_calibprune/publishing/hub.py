@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a finished run to a folder, whole or not at all, and pushes such a folder in one commit."""
+"""Writes a finished run to a folder, whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records import CalibrationSet, Mix, RunRecord, Scores
+from . import figure
 from .card import render
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -76,7 +76,8 @@ def save_run(
                 raise
             raise OSError(f"{folder} could not be written: {error}") from error
         (new / RECORD_NAME).write_text(run.to_json(), encoding="utf-8")
-        (new / "README.md").write_text(render(run, repo_id), encoding="utf-8")
+        drawn = figure.retention(run, new)
+        (new / "README.md").write_text(render(run, repo_id, figure=drawn), encoding="utf-8")
         for name, measured in scores.items():
             (new / SCORES_FOLDER).mkdir(exist_ok=True)
             (new / SCORES_FOLDER / f"{name}.json").write_text(measured.to_json(), encoding="utf-8")
@@ -115,47 +116,3 @@ def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def full_name(repo_id: str, token: str | None) -> str:
-    """`repo_id` with its namespace: a bare name belongs to the owner of the token."""
-    from huggingface_hub import HfApi
-
-    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-) -> CommitInfo:
-    """Creates `repo_id` where it does not exist, and uploads a saved run in one commit.
-
-    Raises `HfHubHTTPError` where the Hub refuses, `ConnectionError` where it cannot be reached; the folder stays.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import httpx
-
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return api.create_commit(
-            repo_id=repo_id,
-            operations=[CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
-        )
-    except HfHubHTTPError:
-        raise
-    except httpx.HTTPError as error:
-        raise ConnectionError(f"The Hub cannot be reached: {error}") from error

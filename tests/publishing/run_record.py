@@ -20,6 +20,7 @@ from optimum_calibprune.records import (
     SampleProfile,
     SourceProfile,
     Sparsity,
+    TaskRetention,
     Untouched,
 )
 
@@ -93,4 +94,9 @@ def example() -> RunRecord:
         hardware={"cores": "2"},
         seconds={"prune": 1.25},
         peak_memory=2**30,
+        tasks=(
+            TaskRetention("easy_facts", "general", "accuracy", 300, 0.9, 0.7),
+            TaskRetention("hard_facts", "general", "accuracy", 100, 0.5, 0.3),
+            TaskRetention("functions", "code", "pass@1", 2, 0.5, 0.1),
+        ),
     )

@@ -87,7 +87,7 @@ def test_push_in_one_commit_then_pull_with_equal_logits(hub: HubServer, folder: 
 
 
 PUSH_FOLDER = """
-from optimum_calibprune.publishing.hub import push_folder
+from optimum_calibprune.publishing.push import push_folder
 print(push_folder({folder!r}, "me/run", {options}).pr_url)
 """
 
@@ -130,7 +130,7 @@ def test_a_failed_push_keeps_the_result_and_names_the_command_that_finishes(hub:
         timeout=300,
     )
     assert done.returncode == 1
-    assert "hf upload me/run out" in done.stderr
+    assert done.stderr.rstrip().endswith("finish with: optimum-cli calibprune push out me/run")
     assert "hf_fake" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
