@@ -252,17 +252,41 @@ class CardCommand(_Command):
         say(redraw(self.args.name, revision=self.args.revision, create_pr=self.args.create_pr))
 
 
-class SourcesCommand(BaseOptimumCLICommand):
+class SourcesCommand(_Command):
     """List the calibration sources that have a name."""
 
-    def run(self) -> None:
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("--check", action="store_true", help="ask the Hub whether each of its sources can be used")
+
+    def _run(self, check: Callable[[], None]) -> None:
         from . import pocket
         from .calibration.sources import SOURCES
 
+        if self.args.check:
+            self._check(list(SOURCES.values()), check)
+            return
         header = ["name", "capability", "where", "licence"]
         rows = [header, *map(_source_row, (*SOURCES.values(), *pocket.sources().values()))]
         say(table(rows))
         say("\nBundled sources belong to the model 'pocket'. Any other text: PATH, or NAME=PATH:CAPABILITY.")
+
+    def _check(self, sources: list[CalibrationSource], check: Callable[[], None]) -> None:
+        from .calibration.from_hub import check as check_source
+
+        found = []
+        with progress(check) as show:
+            for done, source in enumerate(sources):
+                show(done, len(sources), f"check: {source.name}")
+                found.append(check_source(source))
+        rows = [["name", "revision", "licence", "problem"]]
+        for checked in found:
+            source = checked.source
+            rows.append([source.name, (source.revision or "")[:12], source.licence or "not stated", checked.problem])
+        say(table(rows))
+        bad = [checked.source.name for checked in found if checked.problem]
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(found)} sources cannot be used: {', '.join(bad)}.")
 
 
 def _source_row(source: CalibrationSource) -> list[str]:
