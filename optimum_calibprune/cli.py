@@ -61,8 +61,8 @@ def _add_calibration(parser: ArgumentParser) -> None:
         "--sources",
         nargs="+",
         metavar="SOURCE",
-        help="names listed by 'calibprune sources', PATH (counts as general), or NAME=PATH:CAPABILITY; for igsp also "
-        "'self': the model itself (its default)",
+        help="names listed by 'calibprune sources', PATH (counts as general), NAME=PATH:CAPABILITY, or hub:ID for a "
+        "published calibration set; for igsp also 'self': the model itself (its default)",
     )
     parser.add_argument("--samples", type=int, help="calibration samples (default 128; pocket: 64)")
     parser.add_argument("--length", type=int, help="tokens in a sample (default 2048; pocket: 256)")
@@ -216,12 +216,17 @@ class PushCommand(_Command):
         parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
         parser.add_argument("--message", help="message of the commit")
         parser.add_argument(
+            "--calibration",
+            action="store_true",
+            help="publish the calibration text, too, as the data set ID-calibration, where its licences allow it",
+        )
+        parser.add_argument(
             "--collection", action="store_true", help="add it to your collection of models pruned from the same base"
         )
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
-        from .publishing.push import base_of, collect, push_folder
+        from .publishing.push import base_of, collect, push_calibration, push_folder
 
         with errors(FAILED, f"{arguments.folder} is as it was; the same command finishes the upload"):
             commit = push_folder(
@@ -233,6 +238,11 @@ class PushCommand(_Command):
                 commit_message=arguments.message,
             )
             say(f"Pushed: {commit.pr_url or commit.commit_url}")
+            if arguments.calibration:
+                name = f"{commit.repo_url.repo_id}-calibration"
+                options = {"revision": arguments.revision, "create_pr": arguments.create_pr}
+                found = push_calibration(arguments.folder, name, private=arguments.private, **options)
+                say(f"Pushed: {found.pr_url or found.commit_url}")
             if arguments.collection:
                 say(f"Collected: {collect(commit.repo_url.repo_id, base_of(arguments.folder))}")
 

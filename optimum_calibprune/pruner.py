@@ -37,8 +37,8 @@ from .choices import (
 from .loading import load_model
 from .planning import make_plan
 from .pruning import allocation, blocks, schedule
-from .publishing import hub, reproduce
-from .publishing.push import push_folder
+from .publishing import hub, push, reproduce
+from .publishing.dataset import check_licences
 from .records import (
     CAPABILITIES,
     BaseModel,
@@ -102,7 +102,7 @@ class CalibPruner:
         self.scores: dict[str, Scores] = {}
         self._pruned = False
         self._tasks = choose_tasks(self.config)
-        self._sources = choose_sources(self.config, listed(sources))
+        self._sources = choose_sources(self.config, listed(sources), token)
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         blocks.check_model(self.model, self.config.sparsity)
         self._groups = blocks.find_groups(self.model, self.config.sparsity)
@@ -124,8 +124,8 @@ class CalibPruner:
 
         Args:
             model: Hub id, folder, or `"pocket"`.
-            sources: names of the table, paths, `"NAME=PATH:CAPABILITY"`, `CalibrationSource`s; or a mapping from
-                `"NAME:CAPABILITY"` to data in memory. Default: what the mix names or the model writes, else the pocket's
+            sources: names of the table, paths, `"NAME=PATH:CAPABILITY"`, `"hub:ID"` for a published calibration set,
+                `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory. Default: what the mix names or the model writes, else the pocket's
                 real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
             token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
@@ -137,7 +137,7 @@ class CalibPruner:
         sources = listed(sources)
         asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)
         choose_tasks(asked)
-        choose_sources(asked, sources)
+        choose_sources(asked, sources, token)
         choose_perplexity_text(asked, perplexity_text)
         loaded, tokenizer, base = load_model(
             model,
@@ -336,13 +336,13 @@ class CalibPruner:
         overwrite: bool = False,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        **push: Any,
+        **options: Any,
     ) -> None:
         """Writes checkpoint, tokenizer, records and card; the folder is replaced as a whole or not at all.
 
         Args:
             save_directory: new or empty, unless `overwrite`.
-            push_to_hub: upload it afterwards to `repo_id` (default: the folder's name), with the arguments `push`.
+            push_to_hub: upload it afterwards to `repo_id` (default: the folder's name), with the arguments `options`.
         """
         run, calibration = self._finished()
         if push_to_hub and repo_id is None:
@@ -358,7 +358,7 @@ class CalibPruner:
             overwrite=overwrite,
         )
         if push_to_hub and repo_id is not None:
-            push_folder(folder, repo_id, token=push.pop("token", self.token), **push)
+            push.push_folder(folder, repo_id, token=options.pop("token", self.token), **options)
 
     def push_to_hub(
         self,
@@ -369,23 +369,22 @@ class CalibPruner:
         revision: str | None = None,
         create_pr: bool = False,
         commit_message: str | None = None,
+        push_calibration: bool = False,
     ) -> CommitInfo:
         """Uploads checkpoint, tokenizer, records and card to `repo_id` in one commit; creates the repo if needed.
 
-        Where that fails, the run stays in a temporary folder, and the error ends with the command that finishes the push.
+        With `push_calibration` the calibration text becomes the data set `ID-calibration`, which `sources=["hub:..."]` takes;
+        `ValueError`, before anything is uploaded, where the licence of a source is not known to allow that. Where that fails, the run stays in a temporary folder, and the error ends with the command that finishes the push.
         """
         run, calibration = self._finished()
+        if push_calibration:
+            check_licences(run)
         folder = Path(tempfile.mkdtemp(prefix="calibprune-")) / "run"
         hub.save_run(folder, self.model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
-        commit = push_folder(
-            folder,
-            repo_id,
-            private=private,
-            token=token or self.token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
+        options = {"private": private, "token": token or self.token, "revision": revision, "create_pr": create_pr}
+        commit = push.push_folder(folder, repo_id, commit_message=commit_message, **options)
+        if push_calibration:
+            push.push_calibration(folder, f"{commit.repo_url.repo_id}-calibration", **options)
         shutil.rmtree(folder.parent, ignore_errors=True)
         return commit
 

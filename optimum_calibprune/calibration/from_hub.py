@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..records import CalibrationSource
+from ..records import CAPABILITIES, CalibrationSource
+from ..values import ANY
 from .readers import document
 
 
@@ -37,6 +38,39 @@ def load_from_hub(source: CalibrationSource, token: str | None) -> tuple[Calibra
             repo, source.subset, split=source.split, revision=revision, token=token, streaming=online
         )
     return replace(source, revision=revision, licence=licence), found
+
+
+def published_sources(name: str, token: str | None = None) -> list[CalibrationSource]:
+    """The sources of a published calibration set, `"ID"` or `"ID@REVISION"`: one for each capability that it holds.
+
+    Raises `ValueError` for a data set that is none, `ConnectionError` where the Hub cannot be had.
+    """
+    import huggingface_hub
+
+    repo, _, revision = name.partition("@")
+    short = repo.rpartition("/")[2]
+    asked = CalibrationSource(short, CAPABILITIES[0], repo, revision=revision or None)
+    with hub_errors(asked):
+        info = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision or None)
+    configs = [config.get("config_name") for config in (info.card_data or {}).get("configs") or []]
+    found = [
+        CalibrationSource(
+            f"{short}-{config}",
+            CAPABILITIES[0] if config == ANY else config,
+            repo,
+            config,
+            revision=info.sha,
+            licence=_licence(info),
+        )
+        for config in configs
+        if config in (*CAPABILITIES, ANY)
+    ]
+    if not found:
+        raise ValueError(
+            f"{repo} is no published calibration set: none of its configurations is named like a capability. Name its text "
+            "with CalibrationSource(name, capability, repo=...)."
+        )
+    return found
 
 
 def _licence(info: DatasetInfo) -> str | None:

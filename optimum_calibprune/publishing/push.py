@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records import RunRecord
 from .card import FIGURE_NAME, render
+from .dataset import save_dataset
 from .failures import persistently
 from .hub import RECORD_NAME
 from .readme import has_own_text, updated
@@ -88,6 +91,40 @@ def push_folder(
         )
 
     return persistently(attempt, f"{repo_id} was not pushed", token, f"{folder} is complete; finish with: {finish}")
+
+
+def push_calibration(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Publishes the calibration set of a saved run as the data set `repo_id`.
+
+    Where that fails, the data set stays in a temporary folder, and the error ends with the command that finishes the push.
+    Raises `ValueError` where a licence does not allow it, `PushError` where the Hub cannot be had.
+    """
+    target = Path(tempfile.mkdtemp(prefix="calibprune-")) / "calibration"
+    try:
+        save_dataset(folder, target, repo_id)
+    except BaseException:
+        shutil.rmtree(target.parent, ignore_errors=True)
+        raise
+    commit = push_folder(
+        target,
+        repo_id,
+        repo_type="dataset",
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message="Upload a calibration set chosen with optimum-calibprune",
+    )
+    shutil.rmtree(target.parent, ignore_errors=True)
+    return commit
 
 
 def redraw(name: str, *, token: str | None = None, revision: str | None = None, create_pr: bool = False) -> str:
