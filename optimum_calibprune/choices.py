@@ -34,7 +34,7 @@ Sources = Sequence[str | CalibrationSource] | Mapping[str, Any] | None
 
 def is_pocket(config: CalibPruneConfig) -> bool:
     """Whether the model is the bundled one, or was pruned from it."""
-    return pocket.NAME in (config.model, pruned_from(config.model))
+    return pocket.NAME in (config.model, pruned_from(config.model, config.revision))
 
 
 def listed(sources: Sources | str | Path | CalibrationSource) -> Sources:

@@ -49,6 +49,12 @@ def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else to stderr")
 
 
+def _add_loading(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="load weights that are pickles (.bin), where there are no others"
+    )
+
+
 def _add_calibration(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--mix",
@@ -87,6 +93,7 @@ def _pruner(arguments: Namespace) -> CalibPruner:
         arguments.model,
         sources=getattr(arguments, "sources", None),
         perplexity_text=getattr(arguments, "perplexity_text", None),
+        allow_pickle=arguments.allow_pickle,
         **{name: value for name, value in options.items() if value is not None},
     )
 
@@ -144,6 +151,7 @@ class PruneCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
+        _add_loading(parser)
         parser.add_argument(
             "--sparsity",
             help="60%%, 0.6, or n:m such as 2:4 (default 50%%); by names of modules, where the first pattern that fits "
@@ -338,6 +346,7 @@ class MixCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
+        _add_loading(parser)
         _add_calibration(parser)
         parser.add_argument("--output", metavar="DIR", help="write calibration.safetensors and mix.json there")
 
@@ -371,6 +380,7 @@ class EvaluateCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
+        _add_loading(parser)
         _add_evaluation(parser)
 
     def _run(self, check: Callable[[], None]) -> None:

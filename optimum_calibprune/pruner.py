@@ -34,7 +34,7 @@ from .choices import (
     source_names,
     with_defaults,
 )
-from .loading import load_model
+from .loading import fetch_record, load_model, made_by
 from .planning import make_plan
 from .pruning import allocation, blocks, schedule
 from .publishing import hub, push, reproduce
@@ -75,6 +75,7 @@ class CalibPruner:
         tokenizer: its tokenizer.
         config: the `CalibPruneConfig` with all defaults filled in.
         record: the `RunRecord`, or None before `prune()`.
+        made_by: the `RunRecord` of the run that made this model, or None for one that was not pruned here.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class CalibPruner:
         self.is_pocket = is_pocket(config)
         self.config = with_defaults(config, self.model)
         self.record: RunRecord | None = None
+        self.made_by = made_by(config.model, config.revision)
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
@@ -118,6 +120,7 @@ class CalibPruner:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
+        allow_pickle: bool = False,
         **config: Any,
     ) -> Self:
         """Loads a model of the Hub, of a local folder, or the bundled `"pocket"`.
@@ -129,6 +132,7 @@ class CalibPruner:
                 real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
             token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            allow_pickle: load weights that are pickles (`.bin`), where there are no others.
             **config: the fields of `CalibPruneConfig`: `sparsity`, `mix`, `samples`, `length`, `seed`, ...
 
         Raises:
@@ -136,6 +140,7 @@ class CalibPruner:
         """
         sources = listed(sources)
         asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)
+        fetch_record(model, asked.revision, token, local_files_only)
         choose_tasks(asked)
         choose_sources(asked, sources, token)
         choose_perplexity_text(asked, perplexity_text)
@@ -148,6 +153,7 @@ class CalibPruner:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
         return cls(loaded, tokenizer, asked, base=base, sources=sources, perplexity_text=perplexity_text, token=token)
