@@ -247,6 +247,7 @@ def _card(
     local_files_only: bool,
 ) -> tuple[str | None, tuple[str, ...]]:
     """Licence and languages that the base model's own card states."""
+    import yaml
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -256,7 +257,12 @@ def _card(
     try:
         path = Path(name) / "README.md" if local else hf_hub_download(name, "README.md", **options)
         data = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (EntryNotFoundError, OSError, ValueError):  # a base model need not have a card
+    except (
+        EntryNotFoundError,
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+    ):  # a base model need not have a card, nor a good one
         return None, ()
     stated = [data.language] if isinstance(data.language, str) else data.language
     languages = tuple(str(language) for language in stated) if isinstance(stated, list) else ()

@@ -131,12 +131,16 @@ class CalibPruner:
                 `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory. Default: what the mix names or the model writes, else the pocket's
                 real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
-            token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            token: of the Hub, as everywhere in transformers.
+            cache_dir: where downloads are kept.
+            local_files_only: use what is there already.
+            trust_remote_code: run code that comes with the model.
             allow_pickle: load weights that are pickles (`.bin`), where there are no others.
             **config: the fields of `CalibPruneConfig`: `sparsity`, `mix`, `samples`, `length`, `seed`, ...
 
         Raises:
-            `ValueError` for bad options and models that cannot be pruned; `OSError` where a model cannot be had.
+            ValueError: for bad options and models that cannot be pruned.
+            OSError: where a model cannot be had.
         """
         sources = listed(sources)
         asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)

@@ -136,6 +136,9 @@ class CalibrationSource(Record):
 
     def __post_init__(self) -> None:
         require(bool(self.name), "A source needs a name.")
+        require(
+            self.name.isprintable(), f"A source's name is one line of printable characters; {self.name!r} was given."
+        )
         allowed = (*CAPABILITIES, ANY) if self.written else CAPABILITIES
         if self.capability not in allowed:
             raise unknown(f"capability of source {self.name!r}", self.capability, allowed)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..records import CalibrationSource, RunRecord
-from ..values import HUB
+from ..records import CAPABILITIES, CalibrationSource, RunRecord, unknown
+from ..values import ANY, HUB
 from .hub import CALIBRATION_NAME, RECORD_NAME
 from .markup import code, fenced, is_repo_id, link, one_line, prose
 from .readme import BEGIN, END
@@ -65,6 +65,9 @@ def save_dataset(run_folder: str | Path, target: str | Path, repo_id: str) -> Pa
     run_folder, target = Path(run_folder), Path(target)
     run = RunRecord.from_json((run_folder / RECORD_NAME).read_text(encoding="utf-8"))
     check_licences(run)
+    for row in run.rows:  # a record may come from elsewhere, and its groups become names of files
+        if row.group not in (*CAPABILITIES, ANY):
+            raise unknown("capability of a row", row.group, (*CAPABILITIES, ANY))
     tokenizer = AutoTokenizer.from_pretrained(run_folder)
     ids = load_file(run_folder / CALIBRATION_NAME)["input_ids"]
     rows = [_row(run, i, ids[i].tolist(), tokenizer) for i in range(len(run.rows))]

@@ -43,13 +43,17 @@ def push_folder(
     Args:
         folder: what `save_pretrained` wrote, or for `repo_type="dataset"` what `save_dataset` wrote.
         repo_id: a bare name belongs to the owner of the token.
+        repo_type: `"model"` or `"dataset"`.
         private: create it as a private repo; refused where it exists and is public.
+        token: that may write; without it the one that is logged in.
         revision: a branch, made where it does not exist.
         create_pr: open a pull request against the main branch instead of committing to it.
+        commit_message: the commit's first line.
 
     Raises:
-        `ValueError` for arguments that do not fit, `FileNotFoundError` for a folder that holds no run, `PushError` for everything
-        else that keeps the folder from the Hub.
+        ValueError: for arguments that do not fit.
+        FileNotFoundError: for a folder that holds no run.
+        PushError: for everything else that keeps the folder from the Hub.
     """
     folder = Path(folder)
     if create_pr and revision is not None:
@@ -143,10 +147,10 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
         from huggingface_hub import CommitOperationAdd
 
         found = api.repo_info(name, revision=revision)
-        run = RunRecord.from_json(Path(api.hf_hub_download(name, RECORD_NAME, revision=found.sha)).read_text("utf-8"))
+        record = Path(api.hf_hub_download(name, RECORD_NAME, revision=found.sha))
         figure = any(file.rfilename == FIGURE_NAME for file in found.siblings or ())
         there = _on_hub(api, name, found.sha, "model")
-        card = updated(there, render(run, found.id, figure=figure))
+        card = updated(there, _drawn(record, found.id, figure))
         if card == there:
             return f"The card of {found.id} is up to date."
         commit = api.create_commit(
@@ -163,11 +167,12 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
 
 
 def _redraw_folder(folder: Path) -> str:
-    run = RunRecord.from_json((folder / RECORD_NAME).read_text(encoding="utf-8"))
     readme = folder / CARD_NAME
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
     new = folder / f".{CARD_NAME}.new"
-    new.write_text(updated(existing, render(run, figure=(folder / FIGURE_NAME).is_file())), encoding="utf-8")
+    new.write_text(
+        updated(existing, _drawn(folder / RECORD_NAME, None, (folder / FIGURE_NAME).is_file())), encoding="utf-8"
+    )
     new.replace(readme)
     return f"Drew {readme}."
 
@@ -207,8 +212,7 @@ def _card(api: HfApi, folder: Path, repo_id: str, revision: str | None, repo_typ
     """The README to upload: the card with the repo's name, in what users wrote here, or else there."""
     here = (folder / CARD_NAME).read_text(encoding="utf-8")
     if repo_type == "model":
-        run = RunRecord.from_json((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        here = updated(here, render(run, repo_id, figure=(folder / FIGURE_NAME).is_file()))
+        here = updated(here, _drawn(folder / RECORD_NAME, repo_id, (folder / FIGURE_NAME).is_file()))
     return here if has_own_text(here) else updated(_on_hub(api, repo_id, revision, repo_type), here)
 
 
@@ -220,3 +224,11 @@ def _on_hub(api: HfApi, repo_id: str, revision: str | None, repo_type: str) -> s
     except RemoteEntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8")
+
+
+def _drawn(record: Path, repo_id: str | None, figure: bool) -> str:
+    """The card of a record's file; `ValueError` for a file that is no such record."""
+    try:
+        return render(RunRecord.from_json(record.read_text(encoding="utf-8")), repo_id, figure)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
+        raise ValueError(f"No card can be drawn from {record.name}: {type(error).__name__}: {error}") from error

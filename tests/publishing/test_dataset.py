@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_nothing_that_others_choose_becomes_markup_here_either() -> None:
     markup = [token.content for token in found if token.type in ("html_block", "html_inline")]
     assert all(content.strip().startswith("<!-- optimum-calibprune ") for content in markup)
     assert "\u202e" not in text
+
+
+def test_a_record_from_elsewhere_names_no_file(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    record = tmp_path / "run" / "calibprune.json"
+    record.write_text(record.read_text().replace('"group": "math"', '"group": "../../math"'))
+    with pytest.raises(ValueError, match="Unknown capability of a row"):
+        save_dataset(tmp_path / "run", tmp_path / "a" / "b" / "set", "me/set")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def again(repo_id: str, token: str | None, folder: Path) -> tuple[str, list[str], str]:

@@ -202,3 +202,13 @@ def test_a_record_that_cannot_be_read_does_no_harm(hub: HubServer, client: Clien
     found = client(load, "me/broken")
     assert found["made_by"] is None
     assert not found["is_pocket"]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["a: [", "- a", "license: {a: 1}\nlanguage: 5", "license: [mit]\nlanguage: {a: b}", "\tx", "license: !!python/x"],
+)
+def test_a_base_card_that_is_odd_states_nothing(hub: HubServer, client: Client, metadata: str) -> None:
+    hub.add_repo("me/odd", BASE | {"README.md": f"---\n{metadata}\n---\n# Odd\n".encode()})
+    base = client(load, "me/odd")["base"]
+    assert (base["licence"], base["language"]) == (None, [])

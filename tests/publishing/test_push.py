@@ -164,6 +164,12 @@ def test_a_card_is_drawn_again_in_a_folder_and_in_a_repo(
     (tmp_path / "empty").mkdir()
     assert "holds no calibprune.json" in client(pushing.redraw, str(tmp_path / "empty")).error
     assert "was not drawn again: the Hub does not know it" in client(pushing.redraw, "me/none").error
+    record = folder / "calibprune.json"
+    for text in ("[]", "{", record.read_text().replace('"sparsegpt"', '"other"')):
+        record.write_text(text)
+        assert client(pushing.redraw, str(folder)).error.startswith("ValueError: ")
+        assert readme.read_text() == drawn + "\nMine.\n"
+        assert client(pushing.push, folder, repo_id).error.startswith("PushError: ")
 
 
 def test_all_sparsities_of_a_base_are_collected(hub: HubServer, client: Client, tmp_path: Path) -> None:
