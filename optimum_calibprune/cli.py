@@ -234,9 +234,13 @@ class PushCommand(_Command):
 
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
-        from .publishing.push import base_of, collect, push_calibration, push_folder
+        from .publishing.dataset import check_licences
+        from .publishing.push import collect, push_calibration, push_folder, record_of
 
         with errors(FAILED, f"{arguments.folder} is as it was; the same command finishes the upload"):
+            record = record_of(arguments.folder)
+            if arguments.calibration:
+                check_licences(record)
             commit = push_folder(
                 arguments.folder,
                 arguments.repo_id,
@@ -252,7 +256,7 @@ class PushCommand(_Command):
                 found = push_calibration(arguments.folder, name, private=arguments.private, **options)
                 say(f"Pushed: {found.pr_url or found.commit_url}")
             if arguments.collection:
-                say(f"Collected: {collect(commit.repo_url.repo_id, base_of(arguments.folder))}")
+                say(f"Collected: {collect(commit.repo_url.repo_id, record.base.name)}")
 
 
 class CardCommand(_Command):

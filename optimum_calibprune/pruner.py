@@ -128,8 +128,8 @@ class CalibPruner:
         Args:
             model: Hub id, folder, or `"pocket"`.
             sources: names of the table, paths, `"NAME=PATH:CAPABILITY"`, `"hub:ID"` for a published calibration set,
-                `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory. Default: what the mix names or the model writes, else the pocket's
-                real texts, or the table's sources.
+                `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory. Default: what the mix names
+                or the model writes, else the pocket's real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
             token: of the Hub, as everywhere in transformers.
             cache_dir: where downloads are kept.
@@ -384,7 +384,8 @@ class CalibPruner:
         """Uploads checkpoint, tokenizer, records and card to `repo_id` in one commit; creates the repo if needed.
 
         With `push_calibration` the calibration text becomes the data set `ID-calibration`, which `sources=["hub:..."]` takes;
-        `ValueError`, before anything is uploaded, where the licence of a source is not known to allow that. Where that fails, the run stays in a temporary folder, and the error ends with the command that finishes the push.
+        `ValueError`, before anything is uploaded, where the licence of a source is not known to allow that. Where a push fails,
+        the run stays in a temporary folder, and the error ends with the command that finishes the push.
         """
         run, calibration = self._finished()
         if push_calibration:

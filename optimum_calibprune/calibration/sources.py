@@ -65,8 +65,9 @@ def open_sources(
 
     Args:
         given: names of `table`, paths, `"NAME=PATH:CAPABILITY"`, `"hub:ID"` or `"hub:ID@REVISION"` for a published
-            calibration set, and `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory: a list of strings, of rows or of token ids, an array of token ids,
-            or a `datasets` object.
+            calibration set, and `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory: a list of
+            strings, of rows or of token ids, an array of token ids, or a `datasets` object.
+        token: of the Hub, for a published calibration set.
 
     Raises:
         `ValueError` for an unknown name, capability or file type, `FileNotFoundError` for a missing path,

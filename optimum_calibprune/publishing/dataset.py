@@ -56,8 +56,8 @@ def _identifier(licence: str | None) -> str:
 def save_dataset(run_folder: str | Path, target: str | Path, repo_id: str) -> Path:
     """Writes the calibration set of a saved run to the new folder `target`: a file a capability, and a card.
 
-    Each row has the text of a sample, where it is from, its licence and its metrics. Documents in a sample are set apart by a blank
-    line. `repo_id` is where the data set will live. Raises `ValueError` where a licence does not allow it.
+    Each row has the text of a sample, where it is from, its licence and its metrics. Documents in a sample are set apart by a
+    blank line. `repo_id` is where the data set will live. Raises `ValueError` where a licence does not allow it.
     """
     from safetensors.numpy import load_file
     from transformers import AutoTokenizer
@@ -156,7 +156,7 @@ def render_dataset(run: RunRecord, repo_id: str) -> str:
         "Samples are cut from documents, so that most begin and end in the middle of one.\n",
         "## How to use it again\n",
         fenced(again, "python"),
-        "\nWith another tokenizer, or after decoding, tokens may fall differently: the exact ids stand beside the pruned model.\n",
+        "\nText that is tokenised anew may give other tokens: the exact ids stand beside the pruned model.\n",
         END,
     ]
     return "\n".join(lines) + "\n"

@@ -44,9 +44,7 @@ def persistently(attempt: Callable[[HfApi], Result], failed: str, token: str | N
     from huggingface_hub import HfApi
 
     token = token.strip() if isinstance(token, str) else token
-    if isinstance(token, str) and not re.fullmatch(
-        r"[!-~]+", token
-    ):  # as a header it would be quoted in errors and logs
+    if isinstance(token, str) and not re.fullmatch("[!-~]+", token):  # errors and logs would quote it as a bad header
         raise PushError(f"{failed}: the token holds characters that no token has. {remedy}")
     api = HfApi(token=token)
     for pause in (*WAITS, None):
@@ -121,6 +119,15 @@ def _is_transport(error: BaseException) -> bool:
     """Whether there was no answer, or none that could be read."""
     kinds = (ConnectionError, TimeoutError, json.JSONDecodeError, _http_error())
     return _status(error) is None and isinstance(error, kinds)
+
+
+def answer_lost(error: BaseException, part: str) -> bool:
+    """Whether the answer to a request broke off whose address has this part, so that the Hub may have done what was asked."""
+    cause = _cause(error)
+    try:
+        return _is_transport(cause) and part in str(cause.request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # an error that names no request
+        return False
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..records import RunRecord
 from .card import FIGURE_NAME, render
 from .dataset import save_dataset
-from .failures import persistently
+from .failures import PushError, answer_lost, persistently
 from .hub import RECORD_NAME
 from .readme import has_own_text, updated
 
@@ -37,8 +37,8 @@ def push_folder(
 ) -> CommitInfo:
     """Creates `repo_id` where it does not exist, and uploads a saved folder in one commit; none where nothing changed.
 
-    The card is drawn with the repo's name in it; what users wrote in a README, in the folder or else on the Hub, stays. Files and
-    folders whose name begins with a dot are left out. The folder itself is not changed.
+    The card is drawn with the repo's name in it; what users wrote in a README, in the folder or else on the Hub, stays. Files
+    and folders whose name begins with a dot are left out. The folder itself is not changed.
 
     Args:
         folder: what `save_pretrained` wrote, or for `repo_type="dataset"` what `save_dataset` wrote.
@@ -84,15 +84,22 @@ def push_folder(
         contents: dict[str, Path | bytes] = dict(files)
         if CARD_NAME in files:
             contents[CARD_NAME] = _card(api, folder, name, found.sha, repo_type).encode()
-        return api.create_commit(
-            repo_id=name,
-            repo_type=repo_type,
-            operations=[CommitOperationAdd(path, content) for path, content in contents.items()],
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=found.sha,  # so that a commit whose answer was lost is not made twice
-            commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
-        )
+        try:
+            return api.create_commit(
+                repo_id=name,
+                repo_type=repo_type,
+                operations=[CommitOperationAdd(path, content) for path, content in contents.items()],
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=found.sha,  # so that a commit whose answer was lost is not made twice
+                commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
+            )
+        except Exception as error:
+            if create_pr and answer_lost(error, "/commit/"):
+                raise PushError(
+                    "the connection broke, and the pull request may be open already; look before a repeat."
+                ) from None
+            raise
 
     return persistently(attempt, f"{repo_id} was not pushed", token, f"{folder} is complete; finish with: {finish}")
 
@@ -138,9 +145,6 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
     read, `PushError` where the Hub cannot be had.
     """
     if Path(name).is_dir():
-        path = Path(name) / RECORD_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{name} holds no {RECORD_NAME}; name a folder or a repo that a run was saved to.")
         return _redraw_folder(Path(name))
 
     def attempt(api: HfApi) -> str:
@@ -150,7 +154,7 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
         record = Path(api.hf_hub_download(name, RECORD_NAME, revision=found.sha))
         figure = any(file.rfilename == FIGURE_NAME for file in found.siblings or ())
         there = _on_hub(api, name, found.sha, "model")
-        card = updated(there, _drawn(record, found.id, figure))
+        card = updated(there, _drawn(_read(record), found.id, figure))
         if card == there:
             return f"The card of {found.id} is up to date."
         commit = api.create_commit(
@@ -167,19 +171,20 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
 
 
 def _redraw_folder(folder: Path) -> str:
-    readme = folder / CARD_NAME
+    card = _drawn(record_of(folder), None, (folder / FIGURE_NAME).is_file())
+    readme, new = folder / CARD_NAME, folder / f".{CARD_NAME}.new"
     existing = readme.read_text(encoding="utf-8") if readme.is_file() else None
-    new = folder / f".{CARD_NAME}.new"
-    new.write_text(
-        updated(existing, _drawn(folder / RECORD_NAME, None, (folder / FIGURE_NAME).is_file())), encoding="utf-8"
-    )
+    new.write_text(updated(existing, card), encoding="utf-8")
     new.replace(readme)
     return f"Drew {readme}."
 
 
-def base_of(folder: str | Path) -> str:
-    """The name of the model that a saved run pruned."""
-    return RunRecord.from_json((Path(folder) / RECORD_NAME).read_text(encoding="utf-8")).base.name
+def record_of(folder: str | Path) -> RunRecord:
+    """The record of a saved run; `FileNotFoundError` for a folder without one, `ValueError` for one that cannot be read."""
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {RECORD_NAME}; name a folder that a run was saved to.")
+    return _read(path)
 
 
 def collect(repo_id: str, base: str, *, token: str | None = None) -> str:
@@ -212,7 +217,7 @@ def _card(api: HfApi, folder: Path, repo_id: str, revision: str | None, repo_typ
     """The README to upload: the card with the repo's name, in what users wrote here, or else there."""
     here = (folder / CARD_NAME).read_text(encoding="utf-8")
     if repo_type == "model":
-        here = updated(here, _drawn(folder / RECORD_NAME, repo_id, (folder / FIGURE_NAME).is_file()))
+        here = updated(here, _drawn(record_of(folder), repo_id, (folder / FIGURE_NAME).is_file()))
     return here if has_own_text(here) else updated(_on_hub(api, repo_id, revision, repo_type), here)
 
 
@@ -226,9 +231,19 @@ def _on_hub(api: HfApi, repo_id: str, revision: str | None, repo_type: str) -> s
     return Path(path).read_text(encoding="utf-8")
 
 
-def _drawn(record: Path, repo_id: str | None, figure: bool) -> str:
-    """The card of a record's file; `ValueError` for a file that is no such record."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)  # as odd JSON has it
+
+
+def _read(record: Path) -> RunRecord:
     try:
-        return render(RunRecord.from_json(record.read_text(encoding="utf-8")), repo_id, figure)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
-        raise ValueError(f"No card can be drawn from {record.name}: {type(error).__name__}: {error}") from error
+        return RunRecord.from_json(record.read_text(encoding="utf-8"))
+    except UNREADABLE as error:
+        raise ValueError(f"{record.name} is no record of a run: {type(error).__name__}: {error}") from error
+
+
+def _drawn(run: RunRecord, repo_id: str | None, figure: bool) -> str:
+    """The card; `ValueError` where a record holds what no run writes."""
+    try:
+        return render(run, repo_id, figure)
+    except UNREADABLE as error:
+        raise ValueError(f"No card can be drawn from {RECORD_NAME}: {type(error).__name__}: {error}") from error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,7 +173,15 @@ def test_push_and_card_on_the_command_line(hub: HubServer, folder: Path, tmp_pat
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     bad = cli(hub, tmp_path, "push", str(tmp_path / "none"), "me/run")
     assert bad.returncode == 1
-    assert bad.stderr == f"Error: There is no folder '{tmp_path / 'none'}'.\n"
+    assert bad.stderr.startswith(f"Error: {tmp_path / 'none'} holds no calibprune.json; name a folder")
+    unknown = shutil.copytree(folder, tmp_path / "unknown")
+    record = unknown / "calibprune.json"
+    record.write_text(record.read_text().replace('"written": "proposals"', '"written": ""'))
+    before = len(hub.requests)
+    refused = cli(hub, tmp_path, "push", str(unknown), "me/run", "--calibration")
+    assert refused.returncode == 1
+    assert "The calibration set cannot be published" in refused.stderr
+    assert len(hub.requests) == before, "nothing is uploaded before that is known"
 
 
 GATED = """

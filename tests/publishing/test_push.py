@@ -283,6 +283,18 @@ def test_what_fails_always_ends_in_one_sentence(
     check_repeat_finishes(hub, client, folder, begun)
 
 
+def test_a_pull_request_that_may_be_open_is_not_opened_again(
+    hub: HubServer, client: Client, folder: Path, begun: str
+) -> None:
+    hub.break_next("POST", "/commit/", "lost", times=ALWAYS)
+    done = client(pushing.push, folder, begun, create_pr=True)
+    assert "the pull request may be open already; look before a repeat." in done.error
+    assert TOKEN not in done.error + done.output
+    hub.forget_faults()
+    hub.fail_next("POST", "/preupload/", 500, times=6)  # before it was asked for
+    assert client(pushing.push, folder, begun, create_pr=True).error == ""
+
+
 REFUSED = {
     401: "the Hub does not accept the token; run `hf auth login`",
     403: "the token may not write there",
@@ -372,7 +384,7 @@ def test_offline_and_unreachable_hubs_are_named(hub: HubServer, folder: Path, tm
 
 
 def test_with_xet_switched_on(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    """The client's other way: files that the Hub takes whole are pushed; one for the chunk store, which this Hub lacks, is not."""
+    """Files that the Hub takes whole are pushed; one for the chunk store, which this Hub lacks, ends in a sentence."""
     with pushing.process(hub.environment(tmp_path / "home", xet=True)) as client:
         hub.regular_only = True
         assert client(pushing.push, folder, "me/xet").error == ""
