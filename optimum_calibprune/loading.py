@@ -193,9 +193,8 @@ def fetch_record(name: str, revision: str | None, token: str | None, local_files
 
     if name == pocket.NAME or Path(name).exists():
         return
-    with contextlib.suppress(
-        EntryNotFoundError, HFValidationError, OSError, httpx.HTTPError
-    ):  # of which loading tells
+    # What goes wrong here goes wrong again when the model is loaded, and is told then.
+    with contextlib.suppress(EntryNotFoundError, HFValidationError, OSError, httpx.HTTPError):
         hf_hub_download(name, RECORD_NAME, revision=revision, token=token, local_files_only=local_files_only)
 
 
@@ -257,12 +256,7 @@ def _card(
     try:
         path = Path(name) / "README.md" if local else hf_hub_download(name, "README.md", **options)
         data = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (
-        EntryNotFoundError,
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-    ):  # a base model need not have a card, nor a good one
+    except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError):  # it need not have a card, nor a good one
         return None, ()
     stated = [data.language] if isinstance(data.language, str) else data.language
     languages = tuple(str(language) for language in stated) if isinstance(stated, list) else ()
