@@ -90,7 +90,7 @@ def render(run: RunRecord, repo_id: str | None = None, figure: bool = False) -> 
         "peak": f"{run.peak_memory / 2**30:.2f} GiB",
         "versions": ", ".join(f"{prose(name)} {prose(version)}" for name, version in run.versions.items()),
         "citation": fenced(CITATIONS[run.prune.method], "bibtex") if run.prune.method in CITATIONS else "",
-        "release": prose(f" {run.versions.get(PACKAGE, '')}".rstrip()),
+        "release": prose(run.versions.get(PACKAGE, "")),
     }
     card = ModelCard.from_template(_metadata(run), template_path=str(template_path()), **values)
     return str(card).rstrip() + "\n"

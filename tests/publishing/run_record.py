@@ -90,7 +90,7 @@ def example() -> RunRecord:
             {"math": "no suite"},
         ),
         perplexity=PerplexityReport("WikiText-2", 32, 6400, 6.25, 9.5),
-        versions={"torch": "2.13.0"},
+        versions={"optimum-calibprune": "0.1.0", "torch": "2.13.0"},
         hardware={"cores": "2"},
         seconds={"prune": 1.25},
         peak_memory=2**30,
