@@ -36,7 +36,7 @@ Sources = Sequence[str | CalibrationSource] | Mapping[str, Any] | None
 
 def is_pocket(config: CalibPruneConfig) -> bool:
     """Whether the model is the bundled one, or was pruned from it."""
-    return pocket.NAME in (config.model, pruned_from(config.model))
+    return pocket.NAME in (config.model, pruned_from(config.model, config.revision))
 
 
 def listed(sources: Sources | str | Path | CalibrationSource) -> Sources:
@@ -129,7 +129,7 @@ def _named(config: CalibPruneConfig, suite: str | None) -> list[Task | Benchmark
     return tasks
 
 
-def choose_sources(config: CalibPruneConfig, given: Sources) -> list[OpenSource]:
+def choose_sources(config: CalibPruneConfig, given: Sources, token: str | None = None) -> list[OpenSource]:
     """Those that were given, else those that the mix names or the model writes, else the default ones; checked.
 
     With SGS, the sources beside the model's own are those whose documents it continues.
@@ -146,15 +146,15 @@ def choose_sources(config: CalibPruneConfig, given: Sources) -> list[OpenSource]
     if rule.kind in ("self-cal", "sgs", "igsp"):
         sampling(rule)
     if rule.kind == "sgs":
-        opened = written_sources(rule) + open_sources(asked or [SGS_CORPUS], table)
+        opened = written_sources(rule) + open_sources(asked or [SGS_CORPUS], table, token)
     elif rule.kind == "self-cal" or (rule.kind == "igsp" and not asked):
         opened = written_sources(rule)
     elif not isinstance(asked, Mapping) and SELF in (asked or ()):
         if rule.kind != "igsp":
             raise ValueError(f"The source {SELF!r} is for the mix 'igsp'; the mix is {str(rule)!r}.")
-        opened = written_sources(rule) + open_sources([name for name in asked if name != SELF], table)
+        opened = written_sources(rule) + open_sources([name for name in asked if name != SELF], table, token)
     else:
-        opened = open_sources(asked or named or default, table)
+        opened = open_sources(asked or named or default, table, token)
     if rule.kind == "igsp":
         read_seeds(config.seed_texts)
     mixes.quotas(rule, [entry.source for entry in opened], config.samples or SAMPLES)

@@ -52,6 +52,12 @@ def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, everything else to stderr")
 
 
+def _add_loading(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="load weights that are pickles (.bin), where there are no others"
+    )
+
+
 def _add_calibration(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--mix",
@@ -64,8 +70,8 @@ def _add_calibration(parser: ArgumentParser) -> None:
         "--sources",
         nargs="+",
         metavar="SOURCE",
-        help="names listed by 'calibprune sources', PATH (counts as general), or NAME=PATH:CAPABILITY; for igsp also "
-        "'self': the model itself (its default)",
+        help="names listed by 'calibprune sources', PATH (counts as general), NAME=PATH:CAPABILITY, or hub:ID for a "
+        "published calibration set; for igsp also 'self': the model itself (its default)",
     )
     parser.add_argument("--samples", type=int, help="calibration samples (default 128; pocket: 64)")
     parser.add_argument("--length", type=int, help="tokens in a sample (default 2048; pocket: 256)")
@@ -115,6 +121,7 @@ def _pruner(arguments: Namespace, stream: bool | str = "auto") -> CalibPruner:
         sources=getattr(arguments, "sources", None),
         perplexity_text=getattr(arguments, "perplexity_text", None),
         stream=stream,
+        allow_pickle=arguments.allow_pickle,
         **{name: value for name, value in options.items() if value is not None},
     )
 
@@ -173,6 +180,7 @@ class PruneCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
+        _add_loading(parser)
         parser.add_argument(
             "--sparsity",
             help="60%%, 0.6, or n:m such as 2:4 (default 50%%); by names of modules, where the first pattern that fits "
@@ -256,32 +264,110 @@ class PruneCommand(_Command):
             self._push()
 
     def _push(self) -> None:
-        from .publishing.hub import push_folder
+        from .publishing.push import push_folder
 
-        private = " --private" if self.args.private else ""
-        finish = f"hf upload {self.args.push_to_hub} {self.args.output}{private}"
-        with errors(FAILED, f"the result is safe in {self.args.output}; finish with: {finish}"):
-            try:
-                commit = push_folder(self.args.output, self.args.push_to_hub, private=self.args.private)
-            except (OSError, ValueError) as error:
-                raise OSError(
-                    f"{self.args.push_to_hub} was not pushed: {error} The result is safe in {self.args.output}; "
-                    f"finish with: {finish}"
-                ) from error
+        with errors(FAILED, f"the result is safe in {self.args.output}; 'calibprune push' finishes the upload"):
+            commit = push_folder(self.args.output, self.args.push_to_hub, private=self.args.private)
             say(f"Pushed: {commit.commit_url}", to_stderr=self.args.json)
 
 
-class SourcesCommand(BaseOptimumCLICommand):
+class PushCommand(_Command):
+    """Upload a saved run, or finish an upload that was cut off."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("folder", metavar="DIR", help="folder that a run was saved to")
+        parser.add_argument("repo_id", metavar="ID", help="repo to upload it to; a bare name belongs to you")
+        parser.add_argument("--private", action="store_true", default=None, help="create that repo as a private one")
+        parser.add_argument("--revision", help="branch to commit to, made where it does not exist")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+        parser.add_argument("--message", help="message of the commit")
+        parser.add_argument(
+            "--calibration",
+            action="store_true",
+            help="publish the calibration text, too, as the data set ID-calibration, where its licences allow it",
+        )
+        parser.add_argument(
+            "--collection", action="store_true", help="add it to your collection of models pruned from the same base"
+        )
+
+    def _run(self, check: Callable[[], None]) -> None:
+        arguments = self.args
+        from .publishing.dataset import check_licences
+        from .publishing.push import collect, push_calibration, push_folder, record_of
+
+        with errors(FAILED, f"{arguments.folder} is as it was; the same command finishes the upload"):
+            record = record_of(arguments.folder)
+            if arguments.calibration:
+                check_licences(record)
+            commit = push_folder(
+                arguments.folder,
+                arguments.repo_id,
+                private=arguments.private,
+                revision=arguments.revision,
+                create_pr=arguments.create_pr,
+                commit_message=arguments.message,
+            )
+            say(f"Pushed: {commit.pr_url or commit.commit_url}")
+            if arguments.calibration:
+                name = f"{commit.repo_url.repo_id}-calibration"
+                options = {"revision": arguments.revision, "create_pr": arguments.create_pr}
+                found = push_calibration(arguments.folder, name, private=arguments.private, **options)
+                say(f"Pushed: {found.pr_url or found.commit_url}")
+            if arguments.collection:
+                say(f"Collected: {collect(commit.repo_url.repo_id, record.base.name)}")
+
+
+class CardCommand(_Command):
+    """Draw the card of a saved run again, from its record."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("name", metavar="DIR|ID", help="folder, or repo on the Hub, that a run was saved to")
+        parser.add_argument("--revision", help="branch of the repo")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+
+    def _run(self, check: Callable[[], None]) -> None:
+        from .publishing.push import redraw
+
+        say(redraw(self.args.name, revision=self.args.revision, create_pr=self.args.create_pr))
+
+
+class SourcesCommand(_Command):
     """List the calibration sources that have a name."""
 
-    def run(self) -> None:
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("--check", action="store_true", help="ask the Hub whether each of its sources can be used")
+
+    def _run(self, check: Callable[[], None]) -> None:
         from . import pocket
         from .calibration.sources import SOURCES
 
+        if self.args.check:
+            self._check(list(SOURCES.values()), check)
+            return
         header = ["name", "capability", "where", "licence"]
         rows = [header, *map(_source_row, (*SOURCES.values(), *pocket.sources().values()))]
         say(table(rows))
         say("\nBundled sources belong to the model 'pocket'. Any other text: PATH, or NAME=PATH:CAPABILITY.")
+
+    def _check(self, sources: list[CalibrationSource], check: Callable[[], None]) -> None:
+        from .calibration.from_hub import check as check_source
+
+        found = []
+        with progress(check) as show:
+            for done, source in enumerate(sources):
+                show(done, len(sources), f"check: {source.name}")
+                found.append(check_source(source))
+        rows = [["name", "revision", "licence", "problem"]]
+        for checked in found:
+            source = checked.source
+            rows.append([source.name, (source.revision or "")[:12], source.licence or "not stated", checked.problem])
+        say(table(rows))
+        bad = [checked.source.name for checked in found if checked.problem]
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(found)} sources cannot be used: {', '.join(bad)}.")
 
 
 def _source_row(source: CalibrationSource) -> list[str]:
@@ -323,6 +409,7 @@ class MixCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
+        _add_loading(parser)
         _add_calibration(parser)
         parser.add_argument("--output", metavar="DIR", help="write calibration.safetensors and mix.json there")
 
@@ -356,6 +443,7 @@ class EvaluateCommand(_Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         _add_model(parser)
+        _add_loading(parser)
         _add_evaluation(parser)
         _add_tasks(parser)
 
@@ -422,6 +510,8 @@ class CalibPruneCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="calibprune", help="Prune language models and measure what each capability kept.")
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Calibrate, prune, measure and save.", subcommand_class=PruneCommand),
+        CommandInfo(name="push", help="Upload a saved run.", subcommand_class=PushCommand),
+        CommandInfo(name="card", help="Draw a model card again.", subcommand_class=CardCommand),
         CommandInfo(name="sources", help="List calibration sources.", subcommand_class=SourcesCommand),
         CommandInfo(name="mix", help="Choose a calibration set and show it.", subcommand_class=MixCommand),
         CommandInfo(name="evaluate", help="Measure a model's capabilities.", subcommand_class=EvaluateCommand),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,18 @@ from .pruning.blocks import check_config
 from .pruning.checkpoint import find_checkpoint
 from .pruning.homes import Home, InMemory, Streamed, without_weights
 from .pruning.memory import free_memory
-from .records import BaseModel
+from .records import BaseModel, RunRecord
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
+NO_SAFETENSORS = ("Please do not set `use_safetensors=True`", "Error no file named model.safetensors found")
+RECORD_NAME = "calibprune.json"
+DOWNLOADS = 3  # how often a download that breaks off is asked for
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 STREAM = ("auto", True, False)
 LARGEST_SHARE = 0.7  # of the free memory, for weights: the rest is for Hessians and activations
@@ -40,10 +46,14 @@ def load_model(
     local_files_only: bool,
     trust_remote_code: bool,
     stream: bool | str,
+    allow_pickle: bool = False,
     check: Callable[[PreTrainedModel], None],
 ) -> tuple[Home, PreTrainedTokenizerBase, BaseModel]:
     """Loads a causal language model, or, where it is to `stream`, only what is outside its blocks; `"auto"` streams what
     does not fit. Before any weight is read, `check` is asked about it on the meta device.
+
+    All files of a repo are taken from the commit that its config came from. Weights that are pickles are refused unless
+    `allow_pickle`.
 
     Raises `OSError` where it cannot be had (which repo, and what to do), `ValueError` where it cannot be pruned.
     """
@@ -55,6 +65,7 @@ def load_model(
         raise ValueError(f"Unknown value {stream!r} of stream; allowed: {', '.join(map(repr, STREAM))}.")
     place = _device(device)
     path = str(pocket.MODEL) if name == pocket.NAME else name
+    local = Path(path).exists()
     options: dict[str, Any] = {
         "revision": revision,
         "token": token,
@@ -64,6 +75,8 @@ def load_model(
     }
     try:
         config = AutoConfig.from_pretrained(path, **options)
+        commit = None if local else _commit(name, revision, cache_dir)
+        options["revision"] = commit or revision
         check_config(config)
         empty = _without_weights(name, config, trust_remote_code)
         check(empty)
@@ -72,15 +85,17 @@ def load_model(
         if stream is True or (stream == "auto" and not _fits(empty, dtype, place)):
             home = _streamed(name, path, config, dtype, place, options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
+            options["use_safetensors"] = None if allow_pickle else True
+            model = _downloaded(
+                lambda: AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
+            )
             home = InMemory(model.to(place))
     except OSError as error:
-        raise OSError(_why_not_loaded(name, error)) from error
-    local = Path(path).exists()
-    licence, language = _card(name, local, revision, token, cache_dir, local_files_only)
+        raise OSError(_why_not_loaded(name, error, revision, cache_dir, local_files_only)) from error
+    licence, language = _card(name, local, commit or revision, token, cache_dir, local_files_only)
     base = BaseModel(
         name=Path(name).resolve().name if local and name != pocket.NAME else name,
-        revision=None if local else _commit(name, revision, cache_dir),
+        revision=commit,
         licence=licence,
         language=language,
         architecture=type(home.model).__name__,
@@ -107,7 +122,7 @@ def _streamed(name: str, path: str, config: Any, dtype: str, place: torch.device
         return None if found is None else Path(found)
 
     hub = {key: value for key, value in options.items() if key != "trust_remote_code"}
-    checkpoint = find_checkpoint(fetch)
+    checkpoint = _downloaded(lambda: find_checkpoint(fetch))
     if checkpoint is None:
         raise OSError(
             f"{name} has no weights in safetensors, which streaming reads; load it in memory (stream=False), call "
@@ -140,16 +155,54 @@ def _device(asked: str) -> torch.device:
     return place
 
 
-def _why_not_loaded(name: str, error: OSError) -> str:
+def _downloaded(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `load` gives; where a download breaks off, it is asked again, and goes on with the files that are missing."""
+    for _ in range(DOWNLOADS - 1):
+        try:
+            return load()
+        except OSError as error:
+            if not _broke_off(error):
+                raise
+            logger.warning("A download broke off and is taken up again.")
+    return load()
+
+
+def _broke_off(error: BaseException) -> bool:
+    from huggingface_hub.utils import httpx
+
+    causes = (error, error.__cause__, error.__context__)
+    return any(isinstance(cause, httpx.TransportError) for cause in causes)
+
+
+def _why_not_loaded(
+    name: str, error: OSError, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
+) -> str:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
 
     causes: list[BaseException | None] = [error, error.__cause__, error.__context__]
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error):
         return f"{name} is gated. Accept its terms on the Hub, then run `hf auth login` or pass a token."
+    if _broke_off(error):
+        return f"The download of {name} broke off {DOWNLOADS} times. Do the same again, which fetches only what is missing."
+    offline = huggingface_hub.is_offline_mode()
+    cached = (offline or local_files_only) and _commit(name, revision, cache_dir) is not None
+    pickled = (
+        huggingface_hub.try_to_load_from_cache(name, "pytorch_model.bin", cache_dir, revision) if cached else None
+    )
+    if any(marker in str(error) for marker in NO_SAFETENSORS) and (not cached or isinstance(pickled, str)):
+        return (
+            f"{name} has no weights in safetensors. If it has pickles (.bin) and you trust who made them, allow them: "
+            "allow_pickle=True, or --allow-pickle."
+        )
+    if cached:
+        return (
+            f"The local cache holds only a part of {name}, as after a download that was cut off. Load it once with a network, "
+            f"which fetches the rest: unset HF_HUB_OFFLINE, or run `hf download {name}`."
+        )
     near = difflib.get_close_matches(name, [pocket.NAME], n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    if huggingface_hub.is_offline_mode():
+    if offline:
         return (
             f"{name} is neither a local folder nor in the local cache, and HF_HUB_OFFLINE is set.{hint} "
             "Unset it, give a local folder, or use the bundled 'pocket'."
@@ -184,10 +237,56 @@ def _commit(name: str, revision: str | None, cache_dir: str | Path | None) -> st
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def pruned_from(name: str) -> str | None:
-    """Of a folder that holds a saved run, the name of the model that was pruned."""
-    record = Path(name) / "calibprune.json"
-    return json.loads(record.read_text(encoding="utf-8")).get("base", {}).get("name") if record.is_file() else None
+def fetch_record(name: str, revision: str | None, token: str | None, local_files_only: bool) -> None:
+    """Puts the record of a run that was pushed to the repo `name`, if there is one, into the local cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.utils import httpx
+
+    if name == pocket.NAME or Path(name).exists():
+        return
+    # What goes wrong here goes wrong again when the model is loaded, and is told then.
+    with contextlib.suppress(EntryNotFoundError, HFValidationError, OSError, httpx.HTTPError):
+        hf_hub_download(name, RECORD_NAME, revision=revision, token=token, local_files_only=local_files_only)
+
+
+def made_by(name: str, revision: str | None = None) -> RunRecord | None:
+    """The record of the run that made a model: of a saved folder, or of a repo after `fetch_record`.
+
+    None for a model that no run made. A record that cannot be read is said, and counts as none.
+    """
+    path = _record_path(name, revision)
+    if path is None:
+        return None
+    try:
+        return RunRecord.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        logger.warning("The %s of %s cannot be read and is left aside: %s", RECORD_NAME, name, error)
+        return None
+
+
+def pruned_from(name: str, revision: str | None = None) -> str | None:
+    """The name of the model from which the one in a folder or repo was pruned; None for a model that no run made."""
+    path = _record_path(name, revision)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["base"]["name"] if path is not None else None
+    except (ValueError, LookupError, TypeError, OSError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _record_path(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).is_dir():
+        path = Path(name) / RECORD_NAME
+        return path if path.is_file() else None
+    try:
+        found = try_to_load_from_cache(name, RECORD_NAME, revision=revision)
+    except HFValidationError:  # a path that does not exist
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _card(
@@ -199,6 +298,7 @@ def _card(
     local_files_only: bool,
 ) -> tuple[str | None, tuple[str, ...]]:
     """Licence and languages that the base model's own card states."""
+    import yaml
     from huggingface_hub import ModelCard, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -208,7 +308,8 @@ def _card(
     try:
         path = Path(name) / "README.md" if local else hf_hub_download(name, "README.md", **options)
         data = ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (EntryNotFoundError, OSError, ValueError):  # a base model need not have a card
+    except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError):  # it need not have a card, nor a good one
         return None, ()
-    language = data.language or []
-    return data.license, tuple([language] if isinstance(language, str) else language)
+    stated = [data.language] if isinstance(data.language, str) else data.language
+    languages = tuple(str(language) for language in stated) if isinstance(stated, list) else ()
+    return (data.license if isinstance(data.license, str) else None), languages

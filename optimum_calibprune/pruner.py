@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,14 +36,15 @@ from .choices import (
     source_names,
     with_defaults,
 )
-from .loading import load_model
+from .loading import fetch_record, load_model, made_by
 from .planning import make_plan
 from .pruning import allocation, blocks, schedule
 from .pruning.activations import Activations
 from .pruning.homes import Home, InMemory
 from .pruning.journal import Journal
 from .pruning.ranks import Ranks
-from .publishing import hub, reproduce
+from .publishing import hub, push, reproduce
+from .publishing.dataset import check_licences
 from .records import (
     CAPABILITIES,
     BaseModel,
@@ -57,6 +59,7 @@ from .records import (
     RunRecord,
     Scores,
     TaskOverlap,
+    TaskRetention,
 )
 
 
@@ -83,6 +86,7 @@ class CalibPruner:
         tokenizer: its tokenizer.
         config: the `CalibPruneConfig` with all defaults filled in.
         record: the `RunRecord`, or None before `prune()`.
+        made_by: the `RunRecord` of the run that made this model, or None for one that was not pruned here.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class CalibPruner:
         self.is_pocket = is_pocket(config)
         self.config = with_defaults(config, self.model)
         self.record: RunRecord | None = None
+        self.made_by = made_by(config.model, config.revision)
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
@@ -114,7 +119,7 @@ class CalibPruner:
         self._ranks = Ranks.current()
         self._measurement = choose_tasks(self.config)
         self._prepared: Prepared | None = None
-        self._sources = choose_sources(self.config, listed(sources))
+        self._sources = choose_sources(self.config, listed(sources), token)
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         if self.streamed and any(entry.source.written for entry in self._sources):
             raise ValueError(
@@ -136,6 +141,7 @@ class CalibPruner:
         local_files_only: bool = False,
         trust_remote_code: bool = False,
         stream: bool | str = "auto",
+        allow_pickle: bool = False,
         **config: Any,
     ) -> Self:
         """Loads a model of the Hub, of a local folder, or the bundled `"pocket"`.
@@ -144,21 +150,26 @@ class CalibPruner:
 
         Args:
             model: Hub id, folder, or `"pocket"`.
-            sources: names of the table, paths, `"NAME=PATH:CAPABILITY"`, `CalibrationSource`s; or a mapping from
-                `"NAME:CAPABILITY"` to data in memory. Default: what the mix names or the model writes, else the pocket's
-                real texts, or the table's sources.
+            sources: names of the table, paths, `"NAME=PATH:CAPABILITY"`, `"hub:ID"` for a published calibration set,
+                `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory. Default: what the mix names
+                or the model writes, else the pocket's real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
-            token, cache_dir, local_files_only, trust_remote_code: as everywhere in transformers.
+            token: of the Hub, as everywhere in transformers.
+            cache_dir: where downloads are kept.
+            local_files_only: use what is there already.
+            trust_remote_code: run code that comes with the model.
+            allow_pickle: load weights that are pickles (`.bin`), where there are no others.
             stream: True leaves the blocks on disk, where each is read, pruned and written in its turn; False loads the whole
                 model; `"auto"` does so where it takes at most 70 % of the free memory.
             **config: the fields of `CalibPruneConfig`: `sparsity`, `mix`, `samples`, `length`, `seed`, ...
 
         Raises:
-            `ValueError` for bad options and models that cannot be pruned; `OSError` where a model cannot be had.
+            ValueError: for bad options and models that cannot be pruned.
+            OSError: where a model cannot be had.
         """
         with Ranks.join().one_voice():
             options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-            options |= {"trust_remote_code": trust_remote_code, "stream": stream}
+            options |= {"trust_remote_code": trust_remote_code, "stream": stream, "allow_pickle": allow_pickle}
             return cls._loaded(model, listed(sources), perplexity_text, options, config)
 
     @classmethod
@@ -171,8 +182,9 @@ class CalibPruner:
         config: dict[str, Any],
     ) -> Self:
         asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)
+        fetch_record(model, asked.revision, options["token"], options["local_files_only"])
         choose_tasks(asked)
-        choose_sources(asked, sources)
+        choose_sources(asked, sources, options["token"])
         choose_perplexity_text(asked, perplexity_text)
         home, tokenizer, base = load_model(
             model,
@@ -289,6 +301,7 @@ class CalibPruner:
             seconds=seconds,
             peak_memory=machine.peak_memory(),
             overlaps=overlaps,
+            tasks=TaskRetention.of(dense, sparse),
         )
         return self.record
 
@@ -505,21 +518,20 @@ class CalibPruner:
         overwrite: bool = False,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        **push: Any,
+        **options: Any,
     ) -> None:
         """Writes checkpoint, tokenizer, records and card; the folder is replaced as a whole or not at all.
 
         Args:
             save_directory: new or empty, unless `overwrite`.
-            push_to_hub: upload it afterwards to `repo_id` (default: the folder's name), with the arguments `push`.
+            push_to_hub: upload it afterwards to `repo_id` (default: the folder's name), with the arguments `options`.
         """
         run, calibration = self._finished()
         if not self._ranks.first:
             return
-        token = push.pop("token", self.token)
-        if push_to_hub:
-            repo_id = hub.full_name(repo_id or Path(save_directory).resolve().name, token)
-        hub.save_run(
+        if push_to_hub and repo_id is None:
+            repo_id = Path(save_directory).resolve().name
+        folder = hub.save_run(
             save_directory,
             self._write_model,
             self.tokenizer,
@@ -530,7 +542,7 @@ class CalibPruner:
             overwrite=overwrite,
         )
         if push_to_hub and repo_id is not None:
-            hub.push_folder(save_directory, repo_id, token=token, **push)
+            push.push_folder(folder, repo_id, token=options.pop("token", self.token), **options)
 
     def push_to_hub(
         self,
@@ -541,26 +553,28 @@ class CalibPruner:
         revision: str | None = None,
         create_pr: bool = False,
         commit_message: str | None = None,
+        push_calibration: bool = False,
     ) -> CommitInfo:
-        """Uploads checkpoint, tokenizer, records and card to `repo_id` in one commit; creates the repo if needed."""
+        """Uploads checkpoint, tokenizer, records and card to `repo_id` in one commit; creates the repo if needed.
+
+        With `push_calibration` the calibration text becomes the data set `ID-calibration`, which `sources=["hub:..."]` takes;
+        `ValueError`, before anything is uploaded, where the licence of a source is not known to allow that. Where a push fails,
+        the run stays in a temporary folder, and the error ends with the command that finishes the push.
+        """
         run, calibration = self._finished()
-        token = token or self.token
-        repo_id = hub.full_name(repo_id, token)
-        beside = self._journal.folder if self._journal is not None else None
+        if push_calibration:
+            check_licences(run)
+        options = {"private": private, "token": token or self.token, "revision": revision, "create_pr": create_pr}
 
         def upload() -> CommitInfo:
-            with tempfile.TemporaryDirectory(dir=beside) as temporary:
-                folder = Path(temporary) / "run"
-                hub.save_run(folder, self._write_model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
-                return hub.push_folder(
-                    folder,
-                    repo_id,
-                    private=private,
-                    token=token,
-                    revision=revision,
-                    create_pr=create_pr,
-                    commit_message=commit_message,
-                )
+            beside = self._journal.folder.parent if self._journal is not None else None  # where the shards are linked
+            folder = Path(tempfile.mkdtemp(prefix="calibprune-", dir=beside)) / "run"
+            hub.save_run(folder, self._write_model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
+            commit = push.push_folder(folder, repo_id, commit_message=commit_message, **options)
+            if push_calibration:
+                push.push_calibration(folder, f"{commit.repo_url.repo_id}-calibration", **options)
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            return commit
 
         return self._ranks.once(upload)
 

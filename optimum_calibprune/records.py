@@ -155,6 +155,9 @@ class CalibrationSource(Record):
 
     def __post_init__(self) -> None:
         require(bool(self.name), "A source needs a name.")
+        require(
+            self.name.isprintable(), f"A source's name is one line of printable characters; {self.name!r} was given."
+        )
         allowed = (*CAPABILITIES, ANY) if self.written else CAPABILITIES
         if self.capability not in allowed:
             raise unknown(f"capability of source {self.name!r}", self.capability, allowed)
@@ -405,6 +408,28 @@ class TaskOverlap(Record):
 
 
 @dataclass(frozen=True)
+class TaskRetention(Record):
+    """One task before and after: the means of its items' scores."""
+
+    task: str
+    capability: str
+    metric: str
+    items: int
+    dense: float
+    sparse: float
+
+    @classmethod
+    def of(cls, dense: Scores, sparse: Scores) -> tuple[Self, ...]:
+        """Every task that both models were measured on, in the order of `dense`."""
+        after = {task.task: task.value for task in sparse.tasks}
+        return tuple(
+            cls(t.task, t.capability, t.metric, len(t.item_scores), t.value, after[t.task])
+            for t in dense.tasks
+            if t.task in after
+        )
+
+
+@dataclass(frozen=True)
 class CapabilityRetention(Record):
     """Dense and sparse score of one capability. `retention` = sparse / dense, `interval` its 95 % bootstrap interval;
     both are None where the dense score is not above chance. `above_chance` has the chance level subtracted first."""
@@ -490,7 +515,8 @@ class PerplexityReport(Record):
 
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """One finished run, from which card and figures are drawn without a model. `samples` profiles `rows`, one by one."""
+    """One finished run, from which card and figures are drawn without a model. `samples` profiles `rows`, one by one.
+    Records of the first release lack `tasks`."""
 
     created: str
     command: str
@@ -511,3 +537,4 @@ class RunRecord(Record):
     seconds: dict[str, float]
     peak_memory: int
     overlaps: tuple[TaskOverlap, ...] = ()
+    tasks: tuple[TaskRetention, ...] = ()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,13 @@ from typing import Any
 FAILED, BAD_ARGUMENTS = 1, 2
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks
+
+
 def say(text: str, to_stderr: bool = False) -> None:
+    """Prints a text without the control characters that a name from elsewhere may hold."""
     stream = sys.stderr if to_stderr else sys.stdout
-    stream.write(text + "\n")
+    stream.write(CONTROL.sub("", text) + "\n")
     stream.flush()
 
 

@@ -15,6 +15,7 @@ from .record import unknown
 CAPABILITIES = ("general", "commonsense", "code", "math")
 ANY = "any"  # of text that the model wrote unguided
 SELF = "self"  # the source that is the model itself, as a user names it
+HUB = "hub:"  # what the name of a published calibration set begins with
 METHODS = ("sparsegpt", "wanda", "magnitude")
 SEQUENTIAL = ("module", "block")
 NORMALISE = ("none", "trace", "minimax")

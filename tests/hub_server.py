@@ -9,8 +9,10 @@ import os
 import re
 import secrets
 import socket
+import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from email.message import Message
@@ -18,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 TOKEN = "hf_fake"  # reads and writes everything
@@ -118,6 +122,23 @@ class Reply:
         return cls(json.dumps(value).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is done instead of answering well, to the next request that fits: an `error`, or `how` an answer fails.
+
+    `cut`: the connection is reset before the request is handled; `lost`: after it was handled, in the middle of the answer's
+    body; `slow`: the answer comes in small pieces.
+    """
+
+    method: str
+    substring: str
+    error: "HubError | None" = None
+    how: str = ""
+
+    def fits(self, request: Request) -> bool:
+        return self.method == request.method and self.substring in request.target
+
+
 class HubError(Exception):
     """A refusal; `code` selects the client's exception class."""
 
@@ -133,7 +154,8 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[tuple[str, str, str | None]] = []
-        self._faults: list[tuple[str, str, HubError]] = []
+        self.collections: dict[str, dict[str, Any]] = {}
+        self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._listener = Listener(self)
         self.url = f"http://127.0.0.1:{self._listener.server_port}"
@@ -146,10 +168,11 @@ class HubServer:
         self._listener.shutdown()
         self._listener.server_close()
 
-    def environment(self, home: Path) -> dict[str, str]:
+    def environment(self, home: Path, xet: bool = False) -> dict[str, str]:
         """The whole environment of a client process that is to use this Hub, with its caches in `home`."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(CLIENT_VARIABLES)}
-        disabled = {f"HF_HUB_DISABLE_{feature}": "1" for feature in ("XET", "TELEMETRY", "PROGRESS_BARS")}
+        features = ("TELEMETRY", "PROGRESS_BARS") if xet else ("XET", "TELEMETRY", "PROGRESS_BARS")
+        disabled = {f"HF_HUB_DISABLE_{feature}": "1" for feature in features}
         direct = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         return inherited | disabled | direct | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
 
@@ -179,24 +202,30 @@ class HubServer:
     ) -> None:
         """Answers `status` to the next `times` requests of this method whose path, as sent, has this substring."""
         error = HubError(status, "Injected failure", headers=headers)
-        self._faults += [(method, path_substring, error)] * times
+        self._faults += [Fault(method, path_substring, error)] * times
 
-    def answer(self, request: Request) -> Reply:
-        """Handles one request at a time, which makes a commit atomic."""
+    def break_next(self, method: str, path_substring: str, how: str, times: int = 1) -> None:
+        """Breaks the answers to the next `times` requests of this method: `how` as in `Fault`."""
+        self._faults += [Fault(method, path_substring, how=how)] * times
+
+    def forget_faults(self) -> None:
+        self._faults.clear()
+
+    def answer(self, request: Request) -> tuple[Reply, str]:
+        """Handles one request at a time, which makes a commit atomic; beside the reply, how it is to be broken."""
         with self._lock:
             self.requests.append((request.method, request.target, request.headers["Authorization"]))
-            try:
-                self._raise_fault(request)
-                return dispatch(self, request)
-            except HubError as error:
-                return error.reply
-
-    def _raise_fault(self, request: Request) -> None:
-        for fault in self._faults:
-            method, substring, error = fault
-            if method == request.method and substring in request.target:
+            fault = next((fault for fault in self._faults if fault.fits(request)), Fault("", ""))
+            if fault in self._faults:
                 self._faults.remove(fault)
-                raise error
+            if fault.how == "cut":
+                return Reply(), "cut"
+            try:
+                if fault.error is not None:
+                    raise fault.error
+                return dispatch(self, request), fault.how
+            except HubError as error:
+                return error.reply, fault.how
 
     def readable(self, request: Request) -> Repo:
         """The repository that the request names, if its user may know of it."""
@@ -251,13 +280,34 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def serve(self) -> None:
-        reply = self.server.hub.answer(Request(self.command, self.path, self.headers, self.read_body()))
+        reply, how = self.server.hub.answer(Request(self.command, self.path, self.headers, self.read_body()))
+        body = reply.body if self.command != "HEAD" else b""
+        if how == "cut" or (how == "lost" and not body):
+            self.reset()
+            return
         self.send_response(reply.status)
         for name, value in (reply.headers | {"Content-Length": str(len(reply.body))}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(reply.body)
+        pieces = [body]
+        if how == "slow":
+            pieces = [body[i * len(body) // 4 : (i + 1) * len(body) // 4] for i in range(4)]
+        for piece in pieces[: 1 if how != "lost" else 0]:
+            self.wfile.write(piece)
+        for piece in pieces[1:]:
+            self.wfile.flush()
+            time.sleep(0.02)
+            self.wfile.write(piece)
+        if how == "lost":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.reset()
+
+    def reset(self) -> None:
+        """Ends the connection as a broken network does: the client gets an error, not an end."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()  # in effect once the streams on it are closed, which the base class does next
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
@@ -277,7 +327,14 @@ class Handler(BaseHTTPRequestHandler):
 
 Endpoint = Callable[[HubServer, Request], Reply]
 ROUTES: list[tuple[str, re.Pattern[str], Endpoint]] = []
-FIELDS = {"repo": "[^/]+(?:/[^/]+)??", "revision": "[^/]+", "path": ".+", "oid": "[0-9a-f]{64}"}
+FIELDS = {
+    "repo": "[^/]+(?:/[^/]+)??",
+    "revision": "[^/]+",
+    "path": ".+",
+    "oid": "[0-9a-f]{64}",
+    "slug": "[^/]+/[^/]+",
+    "key": "[0-9a-f]+",
+}
 API = "/api/(?:models|datasets)/{repo}"
 FILES = "/(?:datasets/|){repo}"
 
@@ -326,7 +383,17 @@ def whoami(hub: HubServer, request: Request) -> Reply:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(hub: HubServer, request: Request) -> Reply:
-    return Reply.of({"errors": [], "warnings": []})
+    try:
+        errors = [] if isinstance(metadata(request.json()["content"].encode()), dict) else ["not a mapping"]
+    except yaml.YAMLError as error:
+        errors = [str(error)]
+    return Reply.of({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
+
+
+def metadata(readme: bytes) -> Any:
+    """What stands between the dashes at the head of a card."""
+    found = re.match(r"---\n(.*?)\n---\n", readme.decode(), re.DOTALL)
+    return yaml.safe_load(found[1]) if found else {}
 
 
 @route("POST", "/api/repos/create")
@@ -395,6 +462,45 @@ def lfs_verify(hub: HubServer, request: Request) -> Reply:
     return Reply()
 
 
+@route("GET", API + "/xet-write-token/{revision}")
+def xet_token(hub: HubServer, request: Request) -> Reply:
+    """Where the chunk store of the repository is: here."""
+    hub.writable(request)
+    key = f"{request.repo_type}:{request.fields['repo']}".encode().hex()
+    return Reply.of({"casUrl": f"{hub.url}/xet/{key}", "accessToken": "xet", "exp": 4102444800})
+
+
+@route("POST", "/xet/{key}/v1/xorbs/default/{oid}")
+def xet_upload(hub: HubServer, request: Request) -> Reply:
+    """Takes a block of compressed chunks, each run of which counts as an uploaded file; none has chunks of two blocks here."""
+    repo_type, _, repo_id = bytes.fromhex(request.fields["key"]).decode().partition(":")
+    objects, chunks = hub.repos[repo_type, repo_id].objects, unpacked(request.body)
+    for start in range(len(chunks)):
+        for stop in range(start + 1, len(chunks) + 1):
+            content = b"".join(chunks[start:stop])
+            objects[hashlib.sha256(content).hexdigest()] = content
+    return Reply.of({"was_inserted": True})
+
+
+def unpacked(block: bytes) -> list[bytes]:
+    """The chunks of a block: each has 8 bytes of header (version, length in the block, compression, length) before it."""
+    import pyarrow
+
+    chunks = []
+    while block:
+        length, kind, whole = int.from_bytes(block[1:4], "little"), block[4], int.from_bytes(block[5:8], "little")
+        packed, block = block[8 : 8 + length], block[8 + length :]
+        if kind > 1:
+            raise HubError(400, f"This Hub cannot read chunks of compression {kind}")
+        chunks.append(pyarrow.decompress(packed, whole, "lz4").to_pybytes() if kind else packed)
+    return chunks
+
+
+@route("POST", "/xet/{key}/(?:v1/)?shards")
+def xet_files(hub: HubServer, request: Request) -> Reply:
+    return Reply.of({"result": 1})
+
+
 @route("POST", API + "/commit/{revision}")
 def create_commit(hub: HubServer, request: Request) -> Reply:
     repo = hub.writable(request)
@@ -460,7 +566,43 @@ def repo_info(hub: HubServer, request: Request) -> Reply:
     name = {"id": repo.repo_id, "author": repo.repo_id.split("/")[0], "sha": commit.sha, "lastModified": DATE}
     access = {"private": repo.private, "gated": "auto" if repo.gated else False, "disabled": False}
     siblings = [{"rfilename": path} for path in sorted(commit.files)]
+    with contextlib.suppress(yaml.YAMLError):
+        access |= {"cardData": metadata(commit.files.get("README.md", b""))}
     return Reply.of(name | access | {"tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+
+
+@route("POST", "/api/collections")
+def create_collection(hub: HubServer, request: Request) -> Reply:
+    check_writer(request)
+    wanted = request.json()
+    slug = f"{wanted['namespace']}/{re.sub('[^a-z0-9]+', '-', wanted['title'].lower())}-0123456789ab"
+    if slug in hub.collections:
+        return Reply.of({"error": "This collection exists", "slug": slug}, status=409)
+    owner = {"name": request.user, "type": "user"}
+    shown = {"slug": slug, "title": wanted["title"], "owner": owner, "items": [], "lastUpdated": DATE, "position": 0}
+    hub.collections[slug] = shown | {"private": False, "theme": "blue", "upvotes": 0}
+    return Reply.of(hub.collections[slug])
+
+
+@route("GET", "/api/collections/{slug}")
+def get_collection(hub: HubServer, request: Request) -> Reply:
+    return Reply.of(hub.collections[request.fields["slug"]])
+
+
+@route("POST", "/api/collections/{slug}/items")
+def add_collection_item(hub: HubServer, request: Request) -> Reply:
+    check_writer(request)
+    collection, item = hub.collections[request.fields["slug"]], request.json()["item"]
+    if any(there["id"] == item["id"] for there in collection["items"]):
+        raise HubError(409, "This item is there already")
+    found = {
+        "_id": str(len(collection["items"])),
+        "position": len(collection["items"]),
+        **item,
+        "repoType": item["type"],
+    }
+    collection["items"].append(found)
+    return Reply.of(collection)
 
 
 @route("GET", FILES + "/resolve/{revision}/{path}")

@@ -149,7 +149,7 @@ def test_an_interrupt_leaves_what_was_there(tmp_path: Path, seconds: float) -> N
 def test_sources_lists_the_table_with_two_for_each_capability(tmp_path: Path) -> None:
     done = run("sources", cwd=tmp_path)
     assert done.returncode == 0
-    on_hub = [line.split()[1] for line in done.stdout.splitlines() if "see the data set's card" in line]
+    on_hub = [line.split()[1] for line in done.stdout.splitlines() if "/" in line and "NAME=PATH" not in line]
     assert all(on_hub.count(capability) >= 2 for capability in ("general", "commonsense", "code", "math"))
     assert "upper bound" in done.stdout
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,20 @@ def test_public_names_are_there() -> None:
         assert getattr(optimum_calibprune, name).__module__.startswith("optimum_calibprune.")
     with pytest.raises(AttributeError, match="has no attribute 'CalibPrunner'"):
         _ = optimum_calibprune.CalibPrunner
+
+
+def test_the_site_has_every_page_and_names_only_what_is_there() -> None:
+    import yaml
+
+    def pages(entries: list) -> set[str]:
+        found = [value for entry in entries for value in entry.values()]
+        return {v for v in found if isinstance(v, str)}.union(*(pages(v) for v in found if isinstance(v, list)))
+
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert pages(site["nav"]) == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    named = [
+        line[4:].rpartition(".") for line in (ROOT / "docs" / "api.md").read_text().splitlines() if line[:4] == "::: "
+    ]
+    assert len(named) > 10
+    for module, _, name in named:
+        assert getattr(importlib.import_module(module), name).__doc__

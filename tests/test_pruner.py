@@ -366,7 +366,7 @@ def test_a_mixture_of_experts_is_planned_pruned_reported_and_saved(tmp_path: Pat
     assert RunRecord.from_json((tmp_path / "sparse" / "calibprune.json").read_text()) == record
     card = (tmp_path / "sparse" / "README.md").read_text()
     assert "of 8 experts were sent too few tokens for one of their matrices" in card
-    assert "| model.layers.1.mlp.experts.*.down_proj, 4 experts | 32 x 48 | 3072 | 3072 |" in card
+    assert "| `model.layers.1.mlp.experts.*.down_proj`, 4 experts | 32 x 48 | 3072 | 3072 |" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     assert torch.equal(_logits(loaded), _logits(pruner.model))
     weights = load_file(tmp_path / "sparse" / "model.safetensors")

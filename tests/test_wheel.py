@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,49 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, and the wheel that is built from it."""
     target = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    return next(target.glob("*.whl"))
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    return next(dist.glob("*.whl"))
+
+
+def release_check(root: Path, dist: Path) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / ".ci" / "release_check.py")
+    return subprocess.run([sys.executable, script, str(root), str(dist)], capture_output=True, text=True)
+
+
+def test_what_is_built_is_ready_to_be_released(dist: Path) -> None:
+    done = release_check(ROOT, dist)
+    assert (done.returncode, done.stdout) == (0, "ready to be released\n"), done.stderr
+
+
+def test_what_keeps_a_release_back_is_said(dist: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "optimum_calibprune").mkdir(parents=True)
+    (root / "optimum_calibprune" / "__init__.py").write_text('__version__ = "9.9"\n')
+    (root / "CHANGELOG.md").write_text("# Changelog\n\n## 9.8\n")
+    (root / "README.md").write_text("[a](docs/none.md)\n```\n")
+    (root / "LICENSE").write_text("Mine.")
+    done = release_check(root, dist)
+    assert done.returncode == 1
+    version = next(dist.glob("*.whl")).name.split("-")[1]
+    assert done.stdout.splitlines() == [
+        f"__init__.py says version 9.9, the wheel {version}",
+        f"CHANGELOG.md begins with '9.8'; for {version} it begins with '0.1.0 (unreleased)'",
+        "README.md links to docs/none.md, which is not there",
+        "README.md has a block of code without an end",
+        "the wheel's description is not README.md",
+        "the wheel has no LICENSE",
+        "the sdist has no LICENSE",
+    ]
+    assert "must hold one wheel and one sdist" in release_check(root, tmp_path).stdout
 
 
 def test_the_wheel_holds_code_data_template_and_registration(wheel: Path) -> None:
@@ -59,7 +98,10 @@ def test_the_installed_wheel_prunes_the_pocket_from_another_folder(environment: 
         "sys.argv[1:] = 'calibprune prune pocket --samples 8 --length 64 --capabilities math --output out'.split()\n"
         "main()"
     )
-    done = subprocess.run([str(environment), "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which may name a checkout
+    done = subprocess.run(
+        [str(environment), "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=bare
+    )
     assert done.returncode == 0, done.stderr
     assert "math (worst)" in done.stdout
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\n")

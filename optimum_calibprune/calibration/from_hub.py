@@ -4,27 +4,99 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from ..records import CalibrationSource
+from ..records import CAPABILITIES, CalibrationSource
+from ..values import ANY
+from .readers import document
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo
+
+ROWS_CHECKED = 100
 
 
 def load_from_hub(source: CalibrationSource, token: str | None) -> tuple[CalibrationSource, Any]:
-    """Streams what is on the Hub at a resolved revision; offline, what an earlier `load_dataset` left in the cache."""
+    """Streams what is on the Hub at a resolved revision; offline, what an earlier `load_dataset` left in the cache.
+
+    The source comes back with that revision, and with the licence of the data set's card where it had none.
+    """
     import datasets
     import huggingface_hub
 
-    repo, revision = str(source.repo), source.revision
+    repo, revision, licence = str(source.repo), source.revision, source.licence
     online = not huggingface_hub.is_offline_mode()
     with hub_errors(source):
         if online:
-            revision = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision).sha
+            info = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision)
+            revision, licence = info.sha, licence or _licence(info)
         found = datasets.load_dataset(
             repo, source.subset, split=source.split, revision=revision, token=token, streaming=online
         )
-    return replace(source, revision=revision), found
+    return replace(source, revision=revision, licence=licence), found
+
+
+def published_sources(name: str, token: str | None = None) -> list[CalibrationSource]:
+    """The sources of a published calibration set, `"ID"` or `"ID@REVISION"`: one for each capability that it holds.
+
+    Raises `ValueError` for a data set that is none, `ConnectionError` where the Hub cannot be had.
+    """
+    import huggingface_hub
+
+    repo, _, revision = name.partition("@")
+    short = repo.rpartition("/")[2]
+    asked = CalibrationSource(short, CAPABILITIES[0], repo, revision=revision or None)
+    with hub_errors(asked):
+        info = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision or None)
+    configs = [config.get("config_name") for config in (info.card_data or {}).get("configs") or []]
+    found = [
+        CalibrationSource(
+            f"{short}-{config}",
+            CAPABILITIES[0] if config == ANY else config,
+            repo,
+            config,
+            revision=info.sha,
+            licence=_licence(info),
+        )
+        for config in configs
+        if config in (*CAPABILITIES, ANY)
+    ]
+    if not found:
+        raise ValueError(
+            f"{repo} is no published calibration set: none of its configurations is named like a capability. Name its text "
+            "with CalibrationSource(name, capability, repo=...)."
+        )
+    return found
+
+
+def _licence(info: DatasetInfo) -> str | None:
+    """What the data set's card states, where it states one licence."""
+    stated = (info.card_data or {}).get("license")
+    stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
+    return stated if isinstance(stated, str) and stated not in ("unknown", "other") else None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the Hub says of a source; `problem` is empty where it can be used."""
+
+    source: CalibrationSource
+    problem: str = ""
+
+
+def check(source: CalibrationSource, token: str | None = None) -> Checked:
+    """Whether a source of the Hub is there, needs no script, has its subset and split, and a row that becomes a text."""
+    try:
+        source, found = load_from_hub(source, token)
+        with hub_errors(source):
+            texts = [document(source, row, None) for row in itertools.islice(found, ROWS_CHECKED)]
+    except (ValueError, ConnectionError) as error:
+        return Checked(source, str(error))
+    return Checked(source, "" if any(texts) else f"its first {ROWS_CHECKED} rows hold no text")
 
 
 @contextlib.contextmanager

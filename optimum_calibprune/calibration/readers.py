@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PERMISSIVE = ("apache-2.0", "bsd-2-clause", "bsd-3-clause", "isc", "mit", "unlicense", "cc0-1.0")
+
+
 def _arc(row: Mapping[str, Any]) -> str:
     answer = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
     return f"Question: {row['question']}\nAnswer: {answer}"
@@ -48,6 +51,18 @@ def _mbpp(row: Mapping[str, Any]) -> str:
     return "\n\n".join([row["text"], row["code"], "\n".join(row["test_list"])])
 
 
+def _instruction(row: Mapping[str, Any]) -> str:
+    """What was asked, the text that it is about where there is one, and the answer."""
+    about = row.get("context") or row.get("input")
+    answer = row["response"] if "response" in row else row["output"]
+    return "\n\n".join(part for part in (row["instruction"], about, answer) if part)
+
+
+def _permissive_code(row: Mapping[str, Any]) -> str:
+    """A source file under a permissive licence; no text for one under another."""
+    return row["content"] if row["license"] in PERMISSIVE else ""
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "arc": _arc,
     "winogrande": _winogrande,
@@ -55,12 +70,14 @@ READERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "piqa": _piqa,
     "gsm8k": _gsm8k,
     "mbpp": _mbpp,
+    "instruction": _instruction,
+    "permissive_code": _permissive_code,
 }
 
 
-def document(source: CalibrationSource, row: Any, tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
+def document(source: CalibrationSource, row: Any, tokenizer: PreTrainedTokenizerBase | None) -> str | list[int]:
     """A row's text, or its token ids, without padding, where it holds them already; no text where a column that it needs
-    is null.
+    is null. Without a tokenizer the messages of a chat are joined by blank lines, and padding stays.
 
     Raises `ValueError` where the row does not fit `source.text`, naming the columns that it has.
     """
@@ -88,10 +105,10 @@ def document(source: CalibrationSource, row: Any, tokenizer: PreTrainedTokenizer
         ) from error
 
 
-def _unpadded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _unpadded(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Without the padding at either end, where padding has a token of its own."""
-    pad = tokenizer.pad_token_id
-    if pad is None or pad in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+    pad = tokenizer.pad_token_id if tokenizer is not None else None
+    if tokenizer is None or pad is None or pad in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         return ids
     real = [i for i, token in enumerate(ids) if token != pad]
     return ids[real[0] : real[-1] + 1] if real else []
@@ -107,7 +124,7 @@ def _token_ids(source: CalibrationSource, ids: Any) -> list[int]:
         ) from error
 
 
-def _text(how: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def _text(how: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> str:
     if how in READERS:
         return READERS[how](row)
     if how.startswith("chat:"):
@@ -129,11 +146,11 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
     return template.format_map(row)
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The messages in the tokenizer's chat template, or joined by blank lines where it has none."""
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The messages in the tokenizer's chat template, or joined by blank lines where there is none."""
     import jinja2
 
-    if not tokenizer.chat_template:
+    if tokenizer is None or not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..records import CAPABILITIES, CalibrationSource, unknown
-from .from_hub import hub_errors, load_from_hub, sentence
+from ..values import HUB
+from .from_hub import hub_errors, load_from_hub, published_sources, sentence
 from .readers import document
 from .table import SOURCES
 
@@ -57,22 +58,26 @@ Progress = Callable[[int, int, str], None]
 
 
 def open_sources(
-    given: Sequence[str | CalibrationSource] | Mapping[str, Any], table: Mapping[str, CalibrationSource] = SOURCES
+    given: Sequence[str | CalibrationSource] | Mapping[str, Any],
+    table: Mapping[str, CalibrationSource] = SOURCES,
+    token: str | None = None,
 ) -> list[OpenSource]:
     """Turns what a user names into sources.
 
     Args:
-        given: names of `table`, paths, `"NAME=PATH:CAPABILITY"` and `CalibrationSource`s; or a mapping from
-            `"NAME:CAPABILITY"` to data in memory: a list of strings, of rows or of token ids, an array of token ids,
-            or a `datasets` object.
+        given: names of `table`, paths, `"NAME=PATH:CAPABILITY"`, `"hub:ID"` or `"hub:ID@REVISION"` for a published
+            calibration set, and `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory: a list of
+            strings, of rows or of token ids, an array of token ids, or a `datasets` object.
+        token: of the Hub, for a published calibration set.
 
     Raises:
-        `ValueError` for an unknown name, capability or file type, `FileNotFoundError` for a missing path.
+        `ValueError` for an unknown name, capability or file type, `FileNotFoundError` for a missing path,
+        `ConnectionError` for a published calibration set that cannot be had.
     """
     if isinstance(given, Mapping):
         opened = [_in_memory(key, data) for key, data in given.items()]
     else:
-        opened = [OpenSource(s if isinstance(s, CalibrationSource) else _parse(s, table)) for s in given]
+        opened = [OpenSource(source) for name in given for source in _named(name, table, token)]
     names = [o.source.name for o in opened]
     for name in names:
         if names.count(name) > 1:
@@ -102,6 +107,14 @@ def _is_dataset(data: Any) -> bool:
     return hasattr(data, "map") and hasattr(data, "features")  # neither a DatasetDict nor a pandas object
 
 
+def _named(
+    given: str | CalibrationSource, table: Mapping[str, CalibrationSource], token: str | None
+) -> list[CalibrationSource]:
+    if isinstance(given, CalibrationSource):
+        return [given]
+    return published_sources(given.removeprefix(HUB), token) if given.startswith(HUB) else [_parse(given, table)]
+
+
 def _parse(given: str, table: Mapping[str, CalibrationSource]) -> CalibrationSource:
     if given in table:
         return table[given]
@@ -114,7 +127,7 @@ def _parse(given: str, table: Mapping[str, CalibrationSource]) -> CalibrationSou
         return CalibrationSource(name, capability, path=file)
     if path.exists() or path.suffix in SUFFIXES or "/" in given:
         return CalibrationSource(path.stem, "general", path=given)
-    raise unknown("source", given, [*table, "a path", "NAME=PATH:CAPABILITY"])
+    raise unknown("source", given, [*table, "a path", "NAME=PATH:CAPABILITY", f"{HUB}ID"])
 
 
 def _files(path: Path) -> list[Path]:

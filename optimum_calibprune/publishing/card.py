@@ -4,17 +4,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord, TaskOverlap
+from .markup import code, fenced, is_repo_id, link, literal, one_line, prose
+from .readme import BEGIN, END
 
 
 _HERE = Path(__file__).parent
+PICTURES = ("figures/retention-light.png", "figures/tasks-light.png")  # those of a saved run that a card shows
 MOST_NAMES = 10  # of a list in running text
+PACKAGE = "optimum-calibprune"
 METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
+CITATIONS = {
+    "sparsegpt": """\
+@inproceedings{frantar2023sparsegpt,
+  title = {{SparseGPT}: Massive Language Models Can Be Accurately Pruned in One-Shot},
+  author = {Frantar, Elias and Alistarh, Dan},
+  booktitle = {International Conference on Machine Learning},
+  year = {2023},
+  note = {arXiv:2301.00774},
+}""",
+    "wanda": """\
+@inproceedings{sun2024wanda,
+  title = {A Simple and Effective Pruning Approach for Large Language Models},
+  author = {Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024},
+  note = {arXiv:2306.11695},
+}""",
+}
 
 
 def template_path() -> Path:
@@ -24,39 +46,55 @@ def template_path() -> Path:
 
 
 def render(run: RunRecord, repo_id: str | None = None, pictures: Sequence[str] = ()) -> str:
-    """The card as Markdown with its metadata; `repo_id` is where the model will live, if that is known, and `pictures` are
-    the files beside the card that show what was kept."""
+    """The card as Markdown with its metadata, the same text for the same record.
+
+    Args:
+        repo_id: where the model will live, if that is known.
+        pictures: files beside the card; those of `PICTURES` that are among them are shown.
+    """
     values = {
-        "title": title(run),
-        "base_link": _base_link(run),
-        "load_id": repo_id or "path/to/this/folder",
+        "begin": BEGIN,
+        "end": END,
+        "title": prose(title(run)),
+        "base_link": link(run.base.name) if run.base.revision is not None else code(run.base.name),
+        "load_id": literal(repo_id or "path/to/this/folder"),
         "method": METHOD_NAMES[run.prune.method],
         "run": run,
+        "mix": code(run.config.mix),
         "sparsity": _sparsity(run),
+        "asked": code(run.config.sparsity),
         "by_module": run.config.sparsity.by_module,
         "owl": _owl(run),
         "loss": _loss(run),
         "capabilities": _capability_rows(run),
+        "tasks": _task_rows(run),
         "total": _total(run),
-        "pictures": [name for name in pictures if name.endswith("-light.png")],
-        "not_measured": sorted(run.capabilities.not_measured.items()) if run.capabilities else [],
-        "perplexity": run.perplexity if run.perplexity and run.perplexity.sparse is not None else None,
-        "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
-        "upper_bound": upper_bound(run),
+        "pictures": [name for name in PICTURES if name in pictures],
         "overlaps": [_overlap_row(run, entry) for entry in run.overlaps],
+        "not_measured": [(prose(name), prose(why)) for name, why in _not_measured(run)],
+        "perplexity": _perplexity(run),
+        "command": fenced(run.command, "bash"),
+        "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
+        "note": prose(run.mix.note),
+        "upper_bound": ", ".join(map(code, filter(None, upper_bound(run).split(", ")))),
         "zeros": f"{run.prune.zeros:,}",
         "weights": f"{run.prune.weights:,}",
         "share": _percent(run.prune.zeros / run.prune.weights, 2),
-        "rescues": _listed([f"{layer.module} ({layer.rescue})" for layer in run.prune.layers if layer.rescue], "; "),
-        "starved": starved_experts(run),
+        "rescues": _listed(
+            [f"{code(layer.module)} ({prose(layer.rescue)})" for layer in run.prune.layers if layer.rescue], "; "
+        ),
+        "starved": starved_experts(run, code),
         "layers": _layer_rows(run.prune.layers),
-        "hardware": ", ".join(f"{key} {value}" for key, value in run.hardware.items()),
-        "seconds": ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.seconds.items()),
+        "untouched": [(code(entry.name), prose(entry.reason)) for entry in run.prune.untouched],
+        "hardware": ", ".join(f"{prose(key)} {prose(value)}" for key, value in run.hardware.items()),
+        "stages": [(prose(stage), f"{seconds:.1f}") for stage, seconds in run.seconds.items()],
         "peak": f"{run.peak_memory / 2**30:.2f} GiB",
-        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        "versions": ", ".join(f"{prose(name)} {prose(version)}" for name, version in run.versions.items()),
+        "citation": fenced(CITATIONS[run.prune.method], "bibtex") if run.prune.method in CITATIONS else "",
+        "release": prose(run.versions.get(PACKAGE, "")),
     }
     card = ModelCard.from_template(_metadata(run), template_path=str(template_path()), **values)
-    return str(card)
+    return str(card).rstrip() + "\n"
 
 
 def upper_bound(run: RunRecord) -> str:
@@ -64,15 +102,15 @@ def upper_bound(run: RunRecord) -> str:
     return ", ".join(s.name for s in run.sources if s.upper_bound and s.name in run.mix.shares)
 
 
-def starved_experts(run: RunRecord) -> str:
-    """How many experts had too few tokens, and which; empty where none had."""
+def starved_experts(run: RunRecord, written: Callable[[str], str] = str) -> str:
+    """How many experts had too few tokens, and which, each name as `written` has it; empty where none had."""
     experts = run.prune.experts
     starved = [name for name, is_starved in experts.items() if is_starved]
     if not starved:
         return ""
     return (
         f"{len(starved):,} of {len(experts):,} experts were sent too few tokens for one of their matrices, which was pruned "
-        f"for all tokens of its layer: {_listed(starved, ', ')}."
+        f"for all tokens of its layer: {_listed([written(name) for name in starved], ', ')}."
     )
 
 
@@ -99,9 +137,9 @@ def _layer_row(name: str, layers: Sequence[LayerReport]) -> dict[str, str]:
     why = layers[0].why if len(layers) == 1 else ""
     worst = f" (at most {max(errors):.4f})" if len(layers) > 1 else ""
     return {
-        "module": f"{name}, {len(layers)} experts" if layers[0].routed is not None else name,
+        "module": f"{code(name)}, {len(layers)} experts" if layers[0].routed is not None else code(name),
         "shape": f"{layers[0].shape[0]} x {layers[0].shape[1]}",
-        "zeros": f"{sum(layer.zeros_found for layer in layers)}{f' ({why})' if why else ''}",
+        "zeros": f"{sum(layer.zeros_found for layer in layers)}{f' ({prose(why)})' if why else ''}",
         "asked": str(sum(layer.zeros_asked for layer in layers)),
         "error": f"{sum(errors) / len(errors):.4f}{worst}",
     }
@@ -131,36 +169,42 @@ def _owl(run: RunRecord) -> str:
 
 
 def _metadata(run: RunRecord) -> ModelCardData:
-    on_hub = run.base.revision is not None
     return ModelCardData(
-        base_model=run.base.name if on_hub else None,
+        base_model=run.base.name if run.base.revision is not None and is_repo_id(run.base.name) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=run.base.licence,
-        language=list(run.base.language) or None,
+        license=one_line(run.base.licence) if run.base.licence else None,
+        language=[one_line(language) for language in run.base.language] or None,
         tags=["calibprune", "pruned", "sparse", run.prune.method],
-        datasets=sorted({s.repo for s in run.sources if s.repo and s.name in run.mix.shares}) or None,
-        model_name=title(run),
+        datasets=sorted({s.repo for s in run.sources if s.repo and is_repo_id(s.repo) and s.name in run.mix.shares})
+        or None,
+        model_name=one_line(title(run)),
         eval_results=_eval_results(run) or None,
     )
 
 
 def _eval_results(run: RunRecord) -> list[EvalResult]:
+    """One result a task of the pruned model, else one a capability; the base model's own results never."""
+    if run.tasks:
+        return [
+            _eval_result(f"calibprune/{task.task}", f"{task.task} ({task.items} items)", task.metric, task.sparse)
+            for task in run.tasks
+        ]
     rows = run.capabilities.capabilities if run.capabilities else ()
     return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=f"calibprune/{row.capability}",
-            dataset_name=f"{row.capability} ({row.items} items)",
-            metric_type="accuracy",
-            metric_value=round(row.sparse, 4),
-        )
+        _eval_result(f"calibprune/{row.capability}", f"{row.capability} ({row.items} items)", "accuracy", row.sparse)
         for row in rows
     ]
 
 
-def _base_link(run: RunRecord) -> str:
-    return f"[{run.base.name}](https://huggingface.co/{run.base.name})" if run.base.revision else f"`{run.base.name}`"
+def _eval_result(dataset: str, name: str, metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=one_line(dataset),
+        dataset_name=one_line(name),
+        metric_type=one_line(metric),
+        metric_value=round(value, 4),
+    )
 
 
 def _loss(run: RunRecord) -> str:
@@ -190,6 +234,39 @@ def _capability_rows(run: RunRecord) -> list[dict[str, str]]:
     ]
 
 
+def _task_rows(run: RunRecord) -> list[dict[str, str]]:
+    return [
+        {
+            "name": code(task.task),
+            "capability": prose(task.capability),
+            "metric": prose(task.metric),
+            "count": str(task.items),
+            "dense": _percent(task.dense),
+            "sparse": _percent(task.sparse),
+        }
+        for task in run.tasks
+    ]
+
+
+def _not_measured(run: RunRecord) -> list[tuple[str, str]]:
+    """What could not be measured, with the reason."""
+    found = sorted(run.capabilities.not_measured.items()) if run.capabilities else []
+    text = run.perplexity
+    return found + ([(f"perplexity, {text.text}", text.reason)] if text is not None and text.reason else [])
+
+
+def _perplexity(run: RunRecord) -> dict[str, str] | None:
+    report = run.perplexity
+    if report is None or report.dense is None or report.sparse is None:
+        return None
+    return {
+        "text": prose(report.text),
+        "length": str(report.length),
+        "dense": f"{report.dense:.2f}",
+        "sparse": f"{report.sparse:.2f}",
+    }
+
+
 def _total(run: RunRecord) -> dict[str, str] | None:
     report = run.capabilities
     if report is None or report.total is None:
@@ -204,12 +281,11 @@ def _total(run: RunRecord) -> dict[str, str] | None:
 def _source_row(run: RunRecord, source: CalibrationSource) -> dict[str, str]:
     profile = next(profile for profile in run.profiles if profile.name == source.name)
     return {
-        "name": source.name,
+        "name": code(source.name),
         "capability": source.capability,
         "share": _percent(run.mix.shares[source.name]),
         "data": _data(source),
-        "revision": (source.revision or "")[:12],
-        "licence": source.licence or _unstated_licence(source),
+        "licence": prose(source.licence or _unstated_licence(source)),
         "perplexity": f"{profile.perplexity:.1f}",
         "duplicates": _percent(profile.duplicate_rate),
     }
@@ -220,22 +296,26 @@ def _overlap_row(run: RunRecord, entry: TaskOverlap) -> dict[str, str]:
     bound = {source.name for source in run.sources if source.upper_bound}
     why = {name: " (written by the model)" if name in written else " (upper bound)" for name in written | bound}
     return {
-        "task": entry.task,
+        "task": code(entry.task),
         "count": str(entry.items),
         "overlapping": f"{entry.overlapping} ({_percent(entry.overlapping / entry.items)})",
         "short": str(entry.short),
-        "sources": ", ".join(f"{name} {count}{why.get(name, '')}" for name, count in entry.sources.items()),
+        "sources": ", ".join(f"{code(name)} {count}{why.get(name, '')}" for name, count in entry.sources.items()),
     }
 
 
 def _data(source: CalibrationSource) -> str:
-    """Where the text is from; of text that the model wrote itself how it was drawn."""
+    """Where the text is from, with its commit; of text that the model wrote itself how it was drawn."""
     if source.written:
         how = ", ".join(
             f"{name} {source.pool[name]}" for name in ("prefixes of", "documents", "seed") if name in source.pool
         )
-        return f"written by the model: {', '.join(filter(None, (source.pool.get('sampling'), how)))}"
-    return " ".join(filter(None, (source.repo, source.subset))) or source.path or "given in memory"
+        return prose(f"written by the model: {', '.join(filter(None, (source.pool.get('sampling'), how)))}")
+    if source.repo is None:
+        return code(source.path) if source.path else "given in memory"
+    at = f" at {code(source.revision[:12])}" if source.revision else ""
+    subset = f" {prose(source.subset)}" if source.subset else ""
+    return link(source.repo, "datasets/", source.revision) + subset + at
 
 
 def _unstated_licence(source: CalibrationSource) -> str:
@@ -266,8 +346,4 @@ def retention_table(run: RunRecord) -> list[list[str]]:
 
 def not_measured(run: RunRecord) -> list[str]:
     """What could not be measured, with the reason, a line each."""
-    lines = (
-        [f"{name}: {why}" for name, why in sorted(run.capabilities.not_measured.items())] if run.capabilities else []
-    )
-    text = run.perplexity
-    return lines + ([f"perplexity, {text.text}: {text.reason}"] if text is not None and text.reason else [])
+    return [f"{name}: {why}" for name, why in _not_measured(run)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a finished run to a folder, whole or not at all, and pushes such a folder in one commit."""
+"""Writes a finished run to a folder, whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from .card import render, title
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
 
@@ -101,6 +100,11 @@ def save_calibration(folder: Path, calibration: CalibrationSet, mix: Mix) -> Non
         (new / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
+def pictures_in(folder: Path) -> list[str]:
+    """The pictures of a saved run, as its card names them."""
+    return sorted(path.relative_to(folder).as_posix() for path in (folder / FIGURES_FOLDER).glob("*"))
+
+
 def load_scores(run: str | Path, *, token: str | None = None) -> dict[str, Scores]:
     """The scores that a run was saved with, of the model before ("dense") and after ("sparse"), from its folder or from the
     repo of that name on the Hub. Raises `FileNotFoundError` where there are none."""
@@ -148,47 +152,3 @@ def _replaced(target: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def full_name(repo_id: str, token: str | None) -> str:
-    """`repo_id` with its namespace: a bare name belongs to the owner of the token."""
-    from huggingface_hub import HfApi
-
-    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-) -> CommitInfo:
-    """Creates `repo_id` where it does not exist, and uploads a saved run in one commit.
-
-    Raises `HfHubHTTPError` where the Hub refuses, `ConnectionError` where it cannot be reached; the folder stays.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import httpx
-
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return api.create_commit(
-            repo_id=repo_id,
-            operations=[CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
-        )
-    except HfHubHTTPError:
-        raise
-    except httpx.HTTPError as error:
-        raise ConnectionError(f"The Hub cannot be reached: {error}") from error

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..records import BaseModel, CalibPruneConfig, CalibrationSource
-from ..values import SELF
+from ..values import HUB, SELF
 
 
 OPTIONS = (
@@ -101,9 +101,15 @@ def public_source(source: CalibrationSource) -> CalibrationSource:
 def _public_names(config: CalibPruneConfig, sources: Sequence[CalibrationSource]) -> tuple[str, ...]:
     """Each source as a command line names it: by its name alone, or NAME=FILE:CAPABILITY for a user's own file; what the
     model writes only where it was asked for by name."""
-    names = [
-        f"{s.name}={Path(s.path).name}:{s.capability}" if s.path and s.name not in config.sources else s.name
-        for s in sources
-        if not s.written
-    ]
+    published = {name.removeprefix(HUB).partition("@")[0] for name in config.sources if name.startswith(HUB)}
+    names = [_public_name(s, config, published) for s in sources if not s.written]
+    names = list(dict.fromkeys(names))  # a published calibration set is one name for several sources
     return (SELF, *names) if SELF in config.sources else tuple(names)
+
+
+def _public_name(source: CalibrationSource, config: CalibPruneConfig, published: set[str]) -> str:
+    if source.path and source.name not in config.sources:
+        return f"{source.name}={Path(source.path).name}:{source.capability}"
+    if source.repo in published and source.name not in config.sources:
+        return f"{HUB}{source.repo}@{source.revision}"
+    return source.name

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from optimum_calibprune import pocket
 from optimum_calibprune.calibration.readers import READERS, document
 from optimum_calibprune.calibration.sources import SOURCES
-from optimum_calibprune.records import CalibrationSource
+from optimum_calibprune.records import CAPABILITIES, CalibrationSource
 
 
 if TYPE_CHECKING:
@@ -61,6 +61,48 @@ MATH = {"problem": "Find $x$ in $x^{2}=4$, $x>0$.", "level": "Level 1", "type": 
 
 READ: dict[str, tuple[dict[str, Any], str]] = {
     "c4": ({"text": "A {page} of text.", "timestamp": "2019", "url": "http://a"}, "A {page} of text."),
+    "fineweb_edu": (
+        {"text": "Why the sky is blue.", "id": "<urn>", "dump": "CC", "score": 3.1},
+        "Why the sky is blue.",
+    ),
+    "dclm": ({"text": "A page.", "url": "http://a", "fasttext_score": 0.2}, "A page."),
+    "dolly": (
+        {
+            "instruction": "Who was he?",
+            "context": "Bell was an inventor.",
+            "response": "An inventor.",
+            "category": "qa",
+        },
+        "Who was he?\n\nBell was an inventor.\n\nAn inventor.",
+    ),
+    "commonsense_qa": (
+        {
+            "id": "1a",
+            "question": "Where is a cup kept?",
+            "question_concept": "cup",
+            "choices": {"label": ["A", "B", "C", "D", "E"], "text": ["sea", "cupboard", "sky", "road", "fire"]},
+            "answerKey": "B",
+        },
+        "Question: Where is a cup kept?\nAnswer: cupboard",
+    ),
+    "code_alpaca": (
+        {"instruction": "Add them.", "input": "1 and 2", "output": "1 + 2"},
+        "Add them.\n\n1 and 2\n\n1 + 2",
+    ),
+    "python": (
+        {"repo_name": "a/b", "path": "a.py", "copies": "1", "size": "5", "content": "x = 1", "license": "mit"},
+        "x = 1",
+    ),
+    "metamath": (
+        {
+            "type": "GSM_Rephrased",
+            "query": "What is 2+2?",
+            "original_question": "2+2?",
+            "response": "The answer is: 4",
+        },
+        "What is 2+2?\n\nThe answer is: 4",
+    ),
+    "open_web_math": ({"url": "http://a", "text": "Let $x=1$.", "date": "2021", "metadata": "{}"}, "Let $x=1$."),
     "wikitext2": ({"page": " = Robert Boulter = \n\n An actor ."}, " = Robert Boulter = \n\n An actor ."),
     "ultrachat": (
         {"prompt": "What is 2 + 2?", "prompt_id": "f", "messages": CHAT},
@@ -111,6 +153,25 @@ def test_the_other_answers_are_found_too(tokenizer: PreTrainedTokenizerBase) -> 
     assert document(SOURCES["hellaswag"], HELLASWAG | {"label": "3"}, tokenizer).endswith("he holds a cube.")
     letters = {"text": ["oxygen", "carbon dioxide"], "label": ["A", "B"]}
     assert document(SOURCES["arc"], ARC | {"choices": letters, "answerKey": "A"}, tokenizer).endswith("oxygen")
+
+
+def test_parts_that_an_instruction_lacks_leave_no_gap(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"instruction": "Say hello.", "input": "", "output": "hello"}
+    assert document(SOURCES["code_alpaca"], row, tokenizer) == "Say hello.\n\nhello"
+    row = {"instruction": "Say hello.", "context": None, "response": "hello"}
+    assert document(SOURCES["dolly"], row, tokenizer) == "Say hello.\n\nhello"
+
+
+def test_code_under_another_licence_is_no_document(tokenizer: PreTrainedTokenizerBase) -> None:
+    for licence in ("gpl-3.0", "", None):
+        assert document(SOURCES["python"], {"content": "x = 1", "license": licence}, tokenizer) == ""
+
+
+def test_the_table_serves_every_capability(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert len(SOURCES) >= 15
+    capabilities = [source.capability for source in SOURCES.values()]
+    assert all(capabilities.count(capability) >= 4 for capability in CAPABILITIES)
+    assert len({source.repo for source in SOURCES.values()}) == len(SOURCES)
 
 
 def test_all_marks_of_the_calculator_go(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -384,7 +384,10 @@ TYPES = r"\.jsonl, \.json, \.txt, \.parquet"
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["gsm8"], r"Unknown source 'gsm8'\. Did you mean 'gsm8k'\? Allowed: c4, .*, a path, NAME=PATH:CAPABILITY\."),
+        (
+            ["gsm8"],
+            r"Unknown source 'gsm8'\. Did you mean 'gsm8k'\? Allowed: c4, .*, a path, NAME=PATH:CAPABILITY, hub:ID\.",
+        ),
         (["c4", "c4"], "Two sources are named 'c4'; give each its own name with NAME=PATH:CAPABILITY"),
         (["a={there}:kode"], r"Unknown capability of source 'a' 'kode'\. Did you mean 'code'\? Allowed: general,"),
         (["a={there}"], "does not name a capability; allowed: NAME=PATH:CAPABILITY"),

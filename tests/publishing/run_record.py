@@ -21,6 +21,7 @@ from optimum_calibprune.records import (
     SourceProfile,
     Sparsity,
     TaskOverlap,
+    TaskRetention,
     Untouched,
 )
 
@@ -90,9 +91,14 @@ def example() -> RunRecord:
             {"math": "no suite"},
         ),
         perplexity=PerplexityReport("WikiText-2", 32, 6400, 6.25, 9.5),
-        versions={"torch": "2.13.0"},
+        versions={"optimum-calibprune": "0.1.0", "torch": "2.13.0"},
         hardware={"cores": "2"},
         seconds={"prune": 1.25},
         peak_memory=2**30,
         overlaps=(TaskOverlap("some_code", 400, 3, 12, {"c4": 3, "notes": 40}),),
+        tasks=(
+            TaskRetention("easy_facts", "general", "accuracy", 300, 0.9, 0.7),
+            TaskRetention("hard_facts", "general", "accuracy", 100, 0.5, 0.3),
+            TaskRetention("functions", "code", "pass@1", 2, 0.5, 0.1),
+        ),
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,16 +35,17 @@ def hub() -> Iterator[HubServer]:
 
 def python(code: str, hub: HubServer, home: Path) -> subprocess.CompletedProcess[str]:
     """Runs code where the Hub is the loopback server; its address is read when the client is imported."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment(home), timeout=300
-    )
+    temporary = home.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    environment = hub.environment(home) | {"TMPDIR": str(temporary)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
 
 
 PRUNE_AND_PUSH = """
 from optimum_calibprune import CalibPruner
 pruner = CalibPruner.from_pretrained("pocket", samples=8, length=64, capabilities="none")
 pruner.prune()
-print(pruner.push_to_hub("me/pocket-50", private=True, commit_message="first").commit_url)
+print(pruner.push_to_hub("me/pocket-50", private=True, commit_message="first", push_calibration=True).commit_url)
 """
 PULL = """
 import torch
@@ -69,6 +71,11 @@ def test_push_in_one_commit_then_pull_with_equal_logits(hub: HubServer, folder: 
     assert len(commits) == 1
     files = hub.files("me/pocket-50")
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert not list((tmp_path / "temporary").iterdir()), "what was pushed is not kept"
+    rows = hub.files("me/pocket-50-calibration", repo_type="dataset")
+    assert b"written by the model" in rows["README.md"]
+    assert {"data/code.jsonl", "data/math.jsonl"} < set(rows)
+    assert hub.repos["dataset", "me/pocket-50-calibration"].private
     expected = {
         "config.json",
         "model.safetensors",
@@ -87,7 +94,7 @@ def test_push_in_one_commit_then_pull_with_equal_logits(hub: HubServer, folder: 
 
 
 PUSH_FOLDER = """
-from optimum_calibprune.publishing.hub import push_folder
+from optimum_calibprune.publishing.push import push_folder
 print(push_folder({folder!r}, "me/run", {options}).pr_url)
 """
 
@@ -130,10 +137,51 @@ def test_a_failed_push_keeps_the_result_and_names_the_command_that_finishes(hub:
         timeout=300,
     )
     assert done.returncode == 1
-    assert "hf upload me/run out" in done.stderr
+    assert done.stderr.rstrip().endswith("finish with: optimum-cli calibprune push out me/run")
     assert "hf_fake" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def cli(hub: HubServer, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [CLI, "calibprune", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=hub.environment(home), timeout=300)
+
+
+def test_push_and_card_on_the_command_line(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    options = ["--private", "--message", "mine", "--calibration", "--collection"]
+    done = cli(hub, tmp_path, "push", str(folder), "run", *options)
+    assert done.returncode == 0, done.stderr
+    model, calibration, collection = done.stdout.splitlines()
+    assert model == f"Pushed: {hub.url}/me/run/commit/{hub.commits('me/run')[-1].sha}"
+    assert calibration.startswith(f"Pushed: {hub.url}/datasets/me/run-calibration/commit/")
+    assert collection.startswith(f"Collected: {hub.url}/collections/me/pocket-pruned-")
+    assert [commit.title for commit in hub.commits("me/run")] == ["initial commit", "mine"]
+    assert hub.repos["model", "me/run"].private
+    branch = cli(hub, tmp_path, "push", str(folder), "me/run", "--revision", "half")
+    request = cli(hub, tmp_path, "push", str(folder), "me/other", "--create-pr")
+    assert (branch.returncode, request.returncode) == (0, 0), branch.stderr + request.stderr
+    assert hub.files("me/run", "half") == hub.files("me/run")
+    assert "/discussions/1" in request.stdout
+    files = hub.files("me/run")
+    hub.add_repo("me/run", files | {"README.md": b"# Mine\n"})
+    drawn = cli(hub, tmp_path, "card", "me/run")
+    assert drawn.stdout.startswith("Pushed: ")
+    assert hub.files("me/run")["README.md"].endswith(files["README.md"].partition(b"\n---\n")[2].lstrip())
+    assert cli(hub, tmp_path, "card", "me/run").stdout == "The card of me/run is up to date.\n"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    bad = cli(hub, tmp_path, "push", str(tmp_path / "none"), "me/run")
+    assert bad.returncode == 1
+    assert bad.stderr.startswith(f"Error: {tmp_path / 'none'} holds no calibprune.json; name a folder")
+    unknown = shutil.copytree(folder, tmp_path / "unknown")
+    record = unknown / "calibprune.json"
+    record.write_text(record.read_text().replace('"written": "proposals"', '"written": ""'))
+    before = len(hub.requests)
+    refused = cli(hub, tmp_path, "push", str(unknown), "me/run", "--calibration")
+    assert refused.returncode == 1
+    assert "The calibration set cannot be published" in refused.stderr
+    assert len(hub.requests) == before, "nothing is uploaded before that is known"
 
 
 GATED = """

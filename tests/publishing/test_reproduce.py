@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import shlex
 
+import pytest
+
 from optimum_calibprune.publishing.reproduce import command, public_config
 from optimum_calibprune.records import BaseModel, CalibPruneConfig, CalibrationSource
 
@@ -42,3 +44,15 @@ def test_data_in_memory_cannot_be_named_and_the_command_says_so() -> None:
     line = command(config, BaseModel("pocket"), [CalibrationSource("notes", "math")])
     assert line.endswith("--output DIR  # with sources in memory: notes")
     assert "--sources" not in line
+
+
+def test_a_name_cannot_end_the_comment_that_it_stands_in() -> None:
+    with pytest.raises(ValueError, match="one line of printable characters"):
+        CalibrationSource("notes\nrm -r .", "math")
+
+
+def test_a_published_calibration_set_is_one_name_at_its_commit() -> None:
+    config = CalibPruneConfig("pocket", sources=("hub:me/set", "gsm8k"))
+    opened = [CalibrationSource(f"set-{c}", c, "me/set", c, revision="abc") for c in ("code", "math")]
+    line = command(config, BaseModel("pocket"), [*opened, CalibrationSource("gsm8k", "math", "openai/gsm8k")])
+    assert line.endswith("--sources hub:me/set@abc gsm8k --output DIR")
