@@ -141,7 +141,7 @@ def test_a_leak_is_refused_unless_asked_for_and_then_shown(tmp_path: Path) -> No
     assert found.overlapping == found.sources["leak"] > 20
     assert "--max-overlap 0.9" in record.command
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| pocket_code | 400 | {found.overlapping} (" in card
+    assert f"| `pocket_code` | 400 | {found.overlapping} (" in card
     for state in ("dense", "sparse"):
         scores = json.loads((tmp_path / "out" / "scores" / f"{state}.json").read_text())
         assert len(scores["tasks"][0]["fingerprint"]) == 64
@@ -154,7 +154,7 @@ def test_the_generators_texts_are_exempt_by_their_label() -> None:
     assert (found.overlapping, found.short) == (0, 0)
     assert found.sources["pocket_code"] > 20
     card = render(pruner.record)
-    assert f"| pocket_code | 400 | 0 (0.0 %) | 0 | pocket_code {found.sources['pocket_code']} (upper bound) |" in card
+    assert f"| `pocket_code` | 400 | 0 (0.0 %) | 0 | `pocket_code` {found.sources['pocket_code']} (upper bound) |" in card
 
 
 def test_a_card_of_an_older_run_says_nothing() -> None:

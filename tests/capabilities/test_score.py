@@ -111,7 +111,7 @@ def test_code_is_not_run_and_not_measured_where_it_cannot_be_isolated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "isolation", lambda: Isolation(available=False, reason="no namespaces"))
-    monkeypatch.setattr(scoring, "run_programs", lambda programs: pytest.fail("generated code was run"))
+    monkeypatch.setattr(scoring, "check_programs", lambda programs: pytest.fail("generated code was run"))
     measured = scoring.measure(model, tokenizer, pocket_tasks(["code"]))
     assert measured.tasks == ()
     assert "no namespaces" in measured.not_measured["code"]

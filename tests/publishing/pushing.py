@@ -31,7 +31,8 @@ def saved_run(folder: Path, sparsity: str = "60%") -> Path:
     run = example()
     run = replace(run, config=replace(run.config, sparsity=sparsity))
     (folder / PICTURES[0]).parent.mkdir(parents=True)
-    (folder / PICTURES[0]).write_bytes(b"\x89PNG")
+    for name in PICTURES:
+        (folder / name).write_bytes(b"\x89PNG")
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     (folder / "tokenizer.json").write_text("{}")
