@@ -194,8 +194,8 @@ except FileNotFoundError as error:
 
 def test_a_run_on_the_hub_is_compared_by_its_name(tmp_path: Path) -> None:
     one, two = save(tmp_path / "one", run(0.9, 0.5)), save(tmp_path / "two", run(0.9, 0.6))
-    push = "from optimum_calibprune.publishing.push import push_folder\n"
-    push += f"push_folder({str(two)!r}, 'me/run')\n"
+    push = "from huggingface_hub import HfApi\nHfApi().create_repo('me/run')\n"
+    push += f"HfApi().upload_folder(folder_path={str(two)!r}, repo_id='me/run')\n"
     with HubServer() as server:
         environment = server.environment(tmp_path / "home")
         done = subprocess.run(
