@@ -154,7 +154,9 @@ def test_the_generators_texts_are_exempt_by_their_label() -> None:
     assert (found.overlapping, found.short) == (0, 0)
     assert found.sources["pocket_code"] > 20
     card = render(pruner.record)
-    assert f"| `pocket_code` | 400 | 0 (0.0 %) | 0 | `pocket_code` {found.sources['pocket_code']} (upper bound) |" in card
+    assert (
+        f"| `pocket_code` | 400 | 0 (0.0 %) | 0 | `pocket_code` {found.sources['pocket_code']} (upper bound) |" in card
+    )
 
 
 def test_a_card_of_an_older_run_says_nothing() -> None:
