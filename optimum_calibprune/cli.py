@@ -232,22 +232,26 @@ class PruneCommand(_Command):
 
             if os.environ.get("RANK", "0") == "0":  # of several processes, the one that saves
                 check_output(arguments.output, arguments.overwrite)
-            pruner = _pruner(arguments, stream={"always": True, "never": False}.get(arguments.stream, "auto"))
-            size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
-            check_output(arguments.output, arguments.overwrite, needed_bytes=size + BESIDE_WEIGHTS)
+            pruner = _pruner(arguments, stream=_stream(arguments))
             beside = f"{arguments.output}.work" if pruner.streamed or arguments.resume else None
             work_dir = arguments.work_dir or beside
-        if not pruner.speaks:  # of several processes, one that helps
-            with errors(FAILED):
-                pruner.prune(work_dir=work_dir, resume=arguments.resume)
-            return
+            if work_dir is not None:
+                _check_apart(arguments.output, work_dir)
+            if pruner.speaks:
+                size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
+                there = _size_of_shards(work_dir) if arguments.resume and work_dir is not None else 0
+                check_output(arguments.output, arguments.overwrite, needed_bytes=size - there + BESIDE_WEIGHTS)
         kept = f"what is finished is in {work_dir}; go on with the same command and --resume"
         with errors(FAILED, *([kept] if work_dir is not None else [])):
+            if not pruner.speaks:  # of several processes, one that helps
+                pruner.prune(work_dir=work_dir, resume=arguments.resume)
+                return
             say(plan_text(pruner.plan()), to_stderr=arguments.json)
             with progress(check) as show:
                 record = pruner.prune(work_dir=work_dir, resume=arguments.resume, on_progress=show)
             pruner.save_pretrained(arguments.output, overwrite=arguments.overwrite, repo_id=arguments.push_to_hub)
             if work_dir is not None:
+                getattr(os, "sync", lambda: None)()  # the result is on the disk before what it was made of goes
                 shutil.rmtree(work_dir)
             if arguments.json:
                 say(record.to_json().rstrip())
@@ -331,6 +335,26 @@ class CardCommand(_Command):
         from .publishing.push import redraw
 
         say(redraw(self.args.name, revision=self.args.revision, create_pr=self.args.create_pr))
+
+
+def _stream(arguments: Namespace) -> bool | str:
+    """What was asked for; a run that is resumed does as it did, however much memory is free now."""
+    asked = {"always": True, "never": False}.get(arguments.stream, "auto")
+    manifest = Path(arguments.work_dir or f"{arguments.output}.work") / "manifest.json"
+    if asked == "auto" and arguments.resume and manifest.is_file():
+        return json.loads(manifest.read_text(encoding="utf-8"))["identity"].get("streamed", "auto")
+    return asked
+
+
+def _check_apart(output: str, work_dir: str) -> None:
+    out, work = Path(output).resolve(), Path(work_dir).resolve()
+    if out == work or out in work.parents or work in out.parents:
+        raise ValueError(f"--work-dir {work} and --output {out} must be apart: the work folder is removed in the end.")
+
+
+def _size_of_shards(work_dir: str) -> int:
+    """What is finished already and will be linked, not copied."""
+    return sum(path.stat().st_size for path in Path(work_dir).glob("model-*.safetensors"))
 
 
 class SourcesCommand(_Command):

@@ -18,6 +18,7 @@ from .pruning.blocks import check_config
 from .pruning.checkpoint import find_checkpoint
 from .pruning.homes import Home, InMemory, Streamed, without_weights
 from .pruning.memory import free_memory
+from .pruning.ranks import Ranks
 from .records import BaseModel, RunRecord
 
 
@@ -82,7 +83,8 @@ def load_model(
         check(empty)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         home: Home
-        if stream is True or (stream == "auto" and not _fits(empty, dtype, place)):
+        fits = stream != "auto" or all(Ranks.current().everywhere(_fits(empty, dtype, place)))
+        if stream is True or not fits:
             home = _streamed(name, path, config, dtype, place, options)
         else:
             options["use_safetensors"] = None if allow_pickle else True
@@ -105,7 +107,8 @@ def load_model(
 
 
 def _fits(empty: PreTrainedModel, dtype: str, place: torch.device) -> bool:
-    """Whether the weights leave enough of the memory free that is free now, in the host and on the device."""
+    """Whether the weights leave enough of the memory free that is free now, in the host and on the device; each process of
+    a host has its own copy of them."""
     itemsize = empty.dtype.itemsize if dtype == "auto" else getattr(torch, dtype).itemsize
     free = free_memory()
     if place.type == "cuda":
@@ -152,6 +155,9 @@ def _device(asked: str) -> torch.device:
         raise ValueError(
             f"Device {asked!r} was asked for; this machine has {torch.cuda.device_count()} CUDA device(s)."
         )
+    if place.type == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+        torch.cuda.set_device(place)  # kernels are launched on the current device
     return place
 
 

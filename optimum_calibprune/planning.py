@@ -41,14 +41,20 @@ def make_plan(
     assert config.samples and config.length and config.micro_batch
     model, device = home.model, home.device
     micro_batches = math.ceil(math.ceil(config.samples / config.micro_batch) / processes)
-    fits = schedule.resident_micro_batches(model, groups, config.micro_batch * config.length, device)
+    hidden = _hidden_states(model, config) // processes
+    fixed = _fixed_memory(home, groups, config, processes)
+    activations = schedule.place_of_activations(hidden, device, home.streamed, reserved=sum(fixed.values()))
+    reserved = sum(fixed.values()) + (hidden if activations == "device" else 0)
+    fits = schedule.resident_micro_batches(model, groups, config.micro_batch * config.length, device, reserved)
     resident = min(fits, micro_batches) if config.sequential == "module" else 0
     replayed = 1.0 - resident / micro_batches
     most_groups = max(len(block) for block in groups)
     replays = 0 if replayed == 0 else 1 if config.sequential == "block" else most_groups
     stops = [stop for block in groups for stop in block]
-    hidden = _hidden_states(model, config) // processes
-    activations = schedule.place_of_activations(hidden, device, with_file=home.streamed)
+    width = max(sum(stop.width for stop in block) for block in groups)
+    waiting = resident * config.micro_batch * config.length * width * model.dtype.itemsize
+    where = f"on {device.type}" if activations == "device" else f"in {'a ' * (activations == 'file')}{activations}"
+    model_in_memory = {} if home.streamed else {f"model on {device.type}": _bytes(model)}
     return Plan(
         model=config.model,
         pattern=config.sparsity,
@@ -69,7 +75,12 @@ def make_plan(
         resident=resident,
         replays=replays,
         device=str(device),
-        memory=_memory(home, groups, config, resident, activations, processes),
+        memory={
+            **model_in_memory,
+            **fixed,
+            f"hidden states {where}": hidden,
+            f"waiting micro-batches on {device.type}": waiting,
+        },
         seconds=_seconds(model, device, groups, config, replays * replayed, processes),
         processes=processes,
         streamed=home.streamed,
@@ -84,31 +95,28 @@ def _hidden_states(model: PreTrainedModel, config: CalibPruneConfig) -> int:
     return config.samples * config.length * hidden * model.dtype.itemsize
 
 
-def _memory(
-    home: Home, groups: list[list[Stop]], config: CalibPruneConfig, resident: int, activations: str, processes: int
-) -> dict[str, int]:
-    assert config.samples and config.length and config.micro_batch
-    model, place = home.model, home.device.type
-    size = model.dtype.itemsize
+def _fixed_memory(home: Home, groups: list[list[Stop]], config: CalibPruneConfig, processes: int) -> dict[str, int]:
+    """What a walk needs on the device whatever else is there, in bytes."""
+    assert config.samples and config.length
+    place, size = home.device.type, home.model.dtype.itemsize
     stops = [stop for block in groups for stop in block]
-    waiting = max(sum(stop.width for stop in block) for block in groups)
+    inputs = [given for stop in stops for given in stop.inputs]
     hessians = 1 + len(CAPABILITIES) if config.mix.kind == "balanced" else 1  # one a capability, and their sum
-    squares = (1 + hessians) * max(given.columns for stop in stops for given in stop.inputs) ** 2
+    squares = (1 + hessians) * max(given.columns for given in inputs) ** 2
     if config.sequential == "block":  # which holds all Hessians of a block at once, and what the experts are sent
         held = [[stop.columns for stop in block if not isinstance(stop, Experts)] for block in groups]
         squares += hessians * max(sum(columns**2 for columns in block) for block in held)
-    sent = max((stop.columns for stop in stops if isinstance(stop, Experts)), default=0)
     ahead = 1 if place == "cpu" else 2  # a GPU's next block is on its way
     blocks_at_once = ahead * max(_bytes(block) for block in home.blocks)
-    where = f"on {place}" if activations == "device" else f"in {'a ' * (activations == 'file')}{activations}"
+    solved = max(given.rows * given.columns for given in inputs)
+    sent = max((stop.columns for stop in stops if isinstance(stop, Experts)), default=0)
     memory = {
-        **({f"blocks on {place}": blocks_at_once} if home.streamed else {f"model on {place}": _bytes(model)}),
-        f"hidden states {where}": _hidden_states(model, config) // processes,
-        f"waiting micro-batches on {place}": resident * config.micro_batch * config.length * waiting * size,
+        **({f"blocks on {place}": blocks_at_once} if home.streamed else {}),
         f"Hessians and factor on {place}": 4 * squares,
+        f"weights being solved on {place}": 4 * solved // processes + (1 + size) * solved,  # fp32; mask, and new ones
     }
     if sent:
-        memory[f"inputs of the experts on {place}"] = config.samples * config.length * sent * size
+        memory[f"inputs of the experts on {place}"] = config.samples * config.length * sent * size // processes
     return memory
 
 

@@ -69,6 +69,9 @@ if TYPE_CHECKING:
 
 
 Progress = Callable[[int, int, str], None]
+READS_TOO_MUCH = (
+    "a streamed model would be read from disk for every batch of questions; name the capabilities to do it"
+)
 R = TypeVar("R", bound=Record)
 
 
@@ -215,7 +218,7 @@ class CalibPruner:
         config = reproduce.public_config(self.config, self.base, sources)
         wanted = mixes.windows_wanted(config.mix, sources, config.samples or SAMPLES)
         written = sum(wanted.get(source.name, 0) for source in sources if source.written)
-        capabilities = self._measurement.capabilities
+        capabilities = () if self._reads_too_much() else self._measurement.capabilities
         return make_plan(self._home, config, self._groups, sorted(wanted), written, capabilities, self._ranks.size)
 
     def prune(
@@ -231,7 +234,7 @@ class CalibPruner:
 
         Args:
             work_dir: a folder, new or empty, that keeps each block as soon as it is finished. A streamed model needs one,
-                and is saved from there; it may be removed after that.
+                and is saved from there; it may be removed when this model is no longer called, saved or pushed.
             resume: go on with the run that stopped in `work_dir`.
             dense_scores: of `evaluate()` on the same dense model, where they are known already.
             on_progress: called with (done, total, "stage: detail").
@@ -271,15 +274,19 @@ class CalibPruner:
             overlaps = self._overlaps(choice)
         if journal is not None:
             journal.expect("calibration", self.calibration.fingerprint)
+            journal.expect("perplexity text", text.fingerprint if text is not None else None)
+            journal.expect("tasks", {task.name: task.fingerprint() for task in self._tasks().tasks})
         with _timed(seconds, "measure dense"):
             dense = dense_scores or self._kept(Scores, lambda: self._measure("measure dense", on_progress))
-            before = self._kept(PerplexityReport, lambda: self._dense_perplexity(text, on_progress))
+            before = self._kept(PerplexityReport, lambda: self._perplexity_report(text, on_progress))
         with _timed(seconds, "prune"):
             self._pruned = True
             prune = self._prune(self.calibration, plan, on_progress, cancelled)
         with _timed(seconds, "measure sparse"):
-            sparse = self._ranks.once(lambda: self._measure("measure sparse", on_progress))
-            after = self._ranks.once(lambda: self._perplexity(text, on_progress))
+            sparse = self._kept(Scores, lambda: self._measure("measure sparse", on_progress), "sparse-scores")
+            after = self._kept(
+                PerplexityReport, lambda: self._perplexity_report(text, on_progress), "sparse-perplexity"
+            )
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -295,7 +302,7 @@ class CalibPruner:
             fingerprint=self.calibration.fingerprint,
             prune=prune,
             capabilities=_report(dense, sparse),
-            perplexity=text.filled(before.dense, after) if text is not None else None,
+            perplexity=text.filled(before.dense, after.dense) if text is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self._home.device),
             seconds=seconds,
@@ -327,12 +334,12 @@ class CalibPruner:
             "streamed": self.streamed,
         }
 
-    def _kept(self, kind: type[R], compute: Callable[[], R]) -> R:
+    def _kept(self, kind: type[R], compute: Callable[[], R], name: str = "") -> R:
         """The result of a stage, computed once for all processes; of a run that is resumed it is in the journal already."""
-        return self._ranks.once(lambda: self._kept_here(kind, compute))
+        return self._ranks.once(lambda: self._kept_here(kind, compute, name or kind.__name__.lower()))
 
-    def _kept_here(self, kind: type[R], compute: Callable[[], R]) -> R:
-        journal, name = self._journal, kind.__name__.lower()
+    def _kept_here(self, kind: type[R], compute: Callable[[], R], name: str) -> R:
+        journal = self._journal
         text = journal.kept(name) if journal is not None else None
         if text is not None:
             return kind.from_json(text)
@@ -437,7 +444,7 @@ class CalibPruner:
     ) -> Mapping[str, int]:
         """How many zeros each module gets; from the journal of a run that is resumed, where it got so far."""
         journal = self._journal
-        text = journal.kept("zeros") if journal is not None else None
+        text = self._ranks.once(lambda: journal.kept("zeros") if journal is not None else None)
         if text is not None:
             return json.loads(text)
         found = allocation.owl(
@@ -470,9 +477,15 @@ class CalibPruner:
         """The tasks with their data, which is read once."""
         if self._prepared is None:
             chosen = self._measurement
-            self._prepared = prepare(chosen.tasks, required=chosen.required, token=self.token)
+            asked = [] if self._reads_too_much() else chosen.tasks
+            self._prepared = prepare(asked, required=chosen.required, token=self.token)
             self._prepared.missing |= chosen.refused
+            self._prepared.missing |= {t.name: (t.capability, READS_TOO_MUCH) for t in chosen.tasks if not asked}
         return self._prepared
+
+    def _reads_too_much(self) -> bool:
+        """Whether capabilities that nobody has asked for by name would be measured with a model that is on disk."""
+        return self.streamed and self.config.capabilities == ("auto",) and not self.config.tasks
 
     def _measure(self, stage: str, on_progress: Progress | None) -> Scores:
         tasks = self._tasks()
@@ -498,7 +511,7 @@ class CalibPruner:
         wanted = self.config.length if source.path is not None else LENGTH
         return perplexities.read(source, self.tokenizer, min(wanted or LENGTH, context), self.token)
 
-    def _dense_perplexity(self, text: perplexities.Text | None, on_progress: Progress | None) -> PerplexityReport:
+    def _perplexity_report(self, text: perplexities.Text | None, on_progress: Progress | None) -> PerplexityReport:
         if text is None:
             return PerplexityReport("", 0)
         return text.filled(self._perplexity(text, on_progress), None)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(stream: bool | str = True, **options: Any) -> CalibPruner:
     config = {"mix": "uniform", "samples": 8, "length": 64, "micro_batch": 2, "capabilities": "none", **options}
-    return CalibPruner.from_pretrained("pocket", stream=stream, perplexity_text=TEXT[0], **config)
+    return CalibPruner.from_pretrained("pocket", stream=stream, **{"perplexity_text": TEXT[0], **config})
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -106,6 +108,68 @@ def test_another_configuration_does_not_go_on(tmp_path: Path) -> None:
         opened().prune(work_dir=tmp_path / "work", cancelled=lambda: True)
     with pytest.raises(ValueError, match=r'config\.sparsity was "50%" and is "60%"'):
         opened(sparsity="60%").prune(work_dir=tmp_path / "work", resume=True)
+
+
+def test_another_text_for_perplexity_does_not_go_on(tmp_path: Path) -> None:
+    seen: list[str] = []
+    with pytest.raises(Cancelled):
+        opened().prune(
+            work_dir=tmp_path / "work", on_progress=lambda *step: seen.append(step[2]), cancelled=lambda: True
+        )
+    TEXT[0].write_text(TEXT[0].read_text(encoding="utf-8") * 2, encoding="utf-8")
+    with pytest.raises(ValueError, match="perplexity text was"):
+        opened().prune(work_dir=tmp_path / "work", resume=True)
+
+
+def test_what_was_measured_of_the_pruned_model_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(stream=False)
+    first.prune(work_dir=tmp_path / "work")
+    again = opened(stream=False)
+    monkeypatch.setattr(again, "_perplexity", lambda *_: pytest.fail("it was measured before"))
+    record = again.prune(work_dir=tmp_path / "work", resume=True)
+    assert first.record is not None
+    assert record.perplexity == first.record.perplexity
+
+
+def test_capabilities_of_a_streamed_model_are_measured_only_where_asked_for() -> None:
+    pruner = opened(capabilities="auto")
+    assert pruner.plan().capabilities == ()
+    assert all("would be read from disk for every batch" in why for why in pruner.evaluate().not_measured.values())
+    assert opened(capabilities="math").plan().capabilities == ("math",)
+
+
+def command(*words: str | Path) -> tuple[int, str]:
+    options = ["--mix", "uniform", "--samples", "8", "--length", "64", "--micro-batch", "2", "--capabilities", "none"]
+    script = Path(sys.executable).parent / "optimum-cli"
+    asked = [script, "calibprune", "prune", "pocket", *options, *words]
+    done = subprocess.run(list(map(str, asked)), capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stderr
+
+
+def test_a_work_folder_around_the_output_is_refused(tmp_path: Path) -> None:
+    code, said = command("--output", tmp_path / "work" / "out", "--work-dir", tmp_path / "work")
+    assert (code, said.count("must be apart")) == (2, 1)
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_command_goes_on_as_it_began_on_a_disk_that_holds_the_shards(
+    in_memory: CalibPruner, tmp_path: Path
+) -> None:
+    """`--stream auto` would load the model into memory; what is finished is linked and needs no room."""
+    with pytest.raises(Cancelled):
+        seen: list[str] = []
+        opened(perplexity_text=None).prune(
+            work_dir=tmp_path / "out.work",
+            on_progress=lambda *step: seen.append(step[2]),
+            cancelled=lambda: any("layers.3." in text for text in seen),
+        )
+    code, said = command("--output", tmp_path / "out", "--resume")
+    assert code == 0, said
+    expected = in_memory.model.state_dict()
+    saved = tensors_in(tmp_path / "out")
+    assert all(torch.equal(expected[key], value) for key, value in saved.items())
+    assert len(list((tmp_path / "out").glob("model-*"))) == 7
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_what_a_streamed_run_needs_is_said_before_anything_is_computed() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -31,6 +32,11 @@ class Text:
 
     windows: np.ndarray | None
     report: PerplexityReport
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the windows."""
+        return hashlib.sha256(self.windows.tobytes()).hexdigest() if self.windows is not None else None
 
     def filled(self, dense: float | None, sparse: float | None) -> PerplexityReport:
         """The report with what was measured; a perplexity that is not finite is missing, with that reason."""

@@ -79,7 +79,7 @@ class Activations:
             else:
                 with new.open("wb") as file:
                     for i in range(len(self)):
-                        file.write(as_bytes(self[i]))
+                        file.write(as_bytes(self[i] if self.place == "file" else self._held[i]))
         if self.place == "file":
             self._read_from, self._next = path, None
 

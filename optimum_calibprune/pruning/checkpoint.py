@@ -31,28 +31,24 @@ class Checkpoint:
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> Checkpoint:
-        from safetensors import SafetensorError, safe_open
-
         files = {}
         for path in paths:
-            try:
-                with safe_open(path, framework="pt") as opened:
-                    files |= dict.fromkeys(opened.keys(), path)
-            except SafetensorError as error:
-                raise OSError(
-                    f"{path} is not a whole safetensors file ({error}); download or copy it again."
-                ) from error
+            with _opened(path) as opened:
+                files |= dict.fromkeys(opened.keys(), path)
         return cls(files)
 
     @contextmanager
     def read(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Slices of the files, by key: `[...]` of one reads it. Read, not mapped: the memory is freed with the tensor."""
-        from safetensors import safe_open
-
+        keys = list(keys)
         with ExitStack() as opened:
             handles: dict[Path, Any] = {}
             for path in {self.files[key] for key in keys}:
-                handles[path] = opened.enter_context(safe_open(path, framework="pt", backend="pread"))
+                handles[path] = opened.enter_context(_opened(path))
+            there = {path: set(handle.keys()) for path, handle in handles.items()}
+            for key in keys:
+                if key not in there[self.files[key]]:
+                    raise OSError(f"{self.files[key]} lacks {key}, which the index of the checkpoint puts there.")
             yield {key: handles[self.files[key]].get_slice(key) for key in keys}
 
     def dtype(self) -> torch.dtype:
@@ -70,6 +66,15 @@ class Checkpoint:
         for path in sorted(set(self.files.values())):
             digest.update(f"{path.name} {_sha256(path)}\n".encode())
         return digest.hexdigest()
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", backend="pread")
+    except SafetensorError as error:
+        raise OSError(f"{path} is not a whole safetensors file ({error}); download or copy it again.") from error
 
 
 def _sha256(path: Path) -> str:

@@ -85,12 +85,13 @@ class Routed:
             before = {part: self._own(turn, part, sent, total, ranks) for part in wanted} if dense else {}
             reports: list[LayerReport] = []
             for part in wanted:
-                arrived = before[part] if dense else self._own(turn, part, sent, total, ranks)
+                arrived = before.pop(part) if dense else self._own(turn, part, sent, total, ranks)
                 if ranks.rank < len(turn) and arrived is not None:
                     own = turn[ranks.rank]
                     starved = self._starved(own, part, sent, total)
                     found = solve(self.experts.pruned(own)[part], arrived)
                     reports += [replace(report, routed=sent[own], starved=starved) for report in found]
+                del arrived  # before the next one takes its room
                 for owner, expert in enumerate(turn):
                     for W in self.experts.pruned(expert)[part].values():
                         ranks.send(W, source=owner)

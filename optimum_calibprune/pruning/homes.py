@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -120,7 +119,10 @@ class Streamed:
                 self._load(i, device)
                 yield self.blocks[i]
             return
-        yield from _one_ahead(self.blocks, start, device, self._read)
+        try:
+            yield from _one_ahead(self.blocks, start, device, self._read)
+        finally:
+            _drop(self.blocks.modules())  # where the walk has ended early, another block is on its way
 
     def _read(self, i: int, device: torch.device) -> Callable[[], None]:
         self._load(i, device)
@@ -257,6 +259,8 @@ Home = InMemory | Streamed
 
 def without_weights(config: PretrainedConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """A causal language model whose parameters are on the meta device; its buffers are not."""
+    from accelerate import init_empty_weights  # here, so that a GPU machine can do without
+
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
 
@@ -275,7 +279,6 @@ def load(model: PreTrainedModel, checkpoint: Checkpoint, keys: list[str], device
         convert_and_load_state_dict_in_model(model, slices, options)
         used = {repr(entry) for entry in (*before, *(model._weight_conversions or []))}
         model._weight_conversions = [entry for entry in mapping if repr(entry) in used]
-    model.requires_grad_(False)
 
 
 def part_state(model: PreTrainedModel, part: int) -> dict[str, Tensor]:
@@ -330,25 +333,24 @@ def _one_ahead(
     fetch: Callable[[int, torch.device], Callable[[], None]],
 ) -> Iterator[nn.Module]:
     """The blocks from `start` on, each of which a helper thread has fetched while the one before it was worked on;
-    what `fetch` returns is called when its turn comes."""
+    what `fetch` returns is called when its turn comes.
+
+    All copies are made on the device's default stream: transformers' loader has threads of its own, which copy there, and
+    fuses what they have copied.
+    """
     with ThreadPoolExecutor(1) as helper:
-        coming: Future[Callable[[], None]] = helper.submit(_beside, fetch, start, device)
+        coming: Future[Callable[[], None]] = helper.submit(_fetched, fetch, start, device)
         for i in range(start, len(blocks)):
             arrive = coming.result()
             if i + 1 < len(blocks):
-                coming = helper.submit(_beside, fetch, i + 1, device)
+                coming = helper.submit(_fetched, fetch, i + 1, device)
             arrive()
-            if device.type == "cuda":
-                for tensor in (*blocks[i].parameters(), *blocks[i].buffers()):
-                    tensor.record_stream(torch.cuda.current_stream(device))  # it was made on another one
             yield blocks[i]
 
 
-def _beside(fetch: Callable[[int, torch.device], Any], i: int, device: torch.device) -> Any:
-    """Fetches on a stream of its own, for which only this thread waits."""
+def _fetched(fetch: Callable[[int, torch.device], Any], i: int, device: torch.device) -> Any:
+    """On the helper's thread, whose current device is another one than the caller's."""
     if device.type != "cuda":
         return fetch(i, device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        fetched = fetch(i, device)
-        torch.cuda.current_stream(device).synchronize()
-    return fetched
+    with torch.cuda.device(device):
+        return fetch(i, device)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .ranks import ALONE, Ranks
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+State = Callable[[], Mapping[str, Tensor]]  # the tensors of a part of the model, for the process that writes them
 
 
 class Journal:
@@ -72,7 +73,7 @@ class Journal:
 
     def _unfinished(self) -> list[Path]:
         """Files that were being written when a run was killed."""
-        return list(self.folder.glob(".*.new"))
+        return [path for name in ("*.json", "model-*", "hidden-states-*") for path in self.folder.glob(f".{name}.new")]
 
     def _tidy(self) -> None:
         for left in self._unfinished():
@@ -94,6 +95,11 @@ class Journal:
         self.earlier = found["seconds"]
         if self.ranks.first:
             self._tidy()
+            for left in self.folder.glob(
+                "hidden-states-*.bin"
+            ):  # of blocks before, by a kill between commit and removal
+                if not left.name.startswith(f"hidden-states-{self.done:05d}."):
+                    left.unlink()
 
     def _another(self, differing: list[str]) -> ValueError:
         return ValueError(
@@ -131,16 +137,14 @@ class Journal:
     def checkpoint(self, block: int) -> Checkpoint:
         return Checkpoint.of_files([self.shard(block)])
 
-    def commit_outside(self, state: Mapping[str, Tensor]) -> None:
+    def commit_outside(self, state: State) -> None:
         """Keeps what is no block, which is not changed."""
         self.outside = True
         if self.ranks.first:
-            write_shard(self.shard(-1), state)
+            write_shard(self.shard(-1), state())
             self._commit()
 
-    def commit(
-        self, block: int, state: Mapping[str, Tensor], hidden: Activations, reports: Sequence[LayerReport]
-    ) -> None:
+    def commit(self, block: int, state: State, hidden: Activations, reports: Sequence[LayerReport]) -> None:
         """Keeps a finished block, its reports, and what it hands on to the next one."""
         assert block == self.done, "blocks are finished in their order"
         self.done = block + 1
@@ -149,7 +153,7 @@ class Journal:
         layouts = self.ranks.everywhere(hidden.layout)
         if self.ranks.first:
             self._layouts = layouts
-            write_shard(self.shard(block), state)
+            write_shard(self.shard(block), state())
             self.keep(f"reports-{block:05d}", json.dumps([report.to_dict() for report in reports]))
             self._commit()
         self.ranks.wait()
@@ -186,10 +190,6 @@ class Journal:
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
-
-    def remove(self) -> None:
-        """Removes the folder, when all that is in it has been saved elsewhere."""
-        shutil.rmtree(self.folder)
 
     def _commit(self) -> None:
         found = {

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
 
 def free_memory() -> int:
-    """What this process may still take, in bytes: of the machine, or of the container that it runs in."""
-    import psutil  # here, so that a GPU machine can do without
+    """What this process may still take, in bytes: of the machine, or of the container that it runs in, whose page cache counts
+    as free; its share, where several processes of one launcher are on the machine."""
+    import psutil  # here, so that what needs no plan can do without
 
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    free = psutil.virtual_memory().available
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    group, free = Path("/sys/fs/cgroup"), psutil.virtual_memory().available
+    limit = group / "memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(counted.get("inactive_file", 0)) + int(counted.get("active_file", 0))
+        free = min(free, int(limit.read_text()) - int((group / "memory.current").read_text()) + cache)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def give_back() -> None:

@@ -46,11 +46,12 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             cuda = torch.cuda.is_available()
             if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            backend = (
+                "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            )  # what is no tensor of a GPU goes by gloo, which sees who ends
             store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-            dist.init_process_group(
-                "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
-            )
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
             _STORES.append(store)
         return cls.current()
 
@@ -66,6 +67,8 @@ class Ranks:
     @contextmanager
     def one_voice(self) -> Iterator[None]:
         """Of an error that ends several ranks only one is raised as it is; the others raise `RankLost`."""
+        _CALLS.append(len(_CALLS))
+        call = len(_CALLS)
         try:
             yield
         except Exception as error:
@@ -74,18 +77,19 @@ class Ranks:
             lost = isinstance(error, RankLost)
             if lost:
                 time.sleep(GRACE)  # for the rank that knows why
-            if self._speaks():
+            if self._speaks(call):
                 raise
             quiet = error if isinstance(error, RankLost) else RankLost("another rank met the same error")
             quiet.told = True
             raise quiet from error
 
-    def _speaks(self) -> bool:
-        """Whether no other rank has spoken before; without a store, which is the launcher's, the first one does."""
+    def _speaks(self, call: int) -> bool:
+        """Whether no other rank has spoken before in this call; without a store, which is the launcher's, the first one
+        does."""
         if not _STORES:
             return self.first
         try:
-            return _STORES[0].add("calibprune/spoken", 1) == 1
+            return _STORES[0].add(f"calibprune/spoken/{call}", 1) == 1
         except RuntimeError:  # the store has ended, too
             return self.first
 
@@ -126,12 +130,12 @@ class Ranks:
         """Makes each the Hessian of all ranks' tokens: everywhere, or on one rank (elsewhere it is of no use then)."""
         if self.size == 1:
             return
-        with _lost():
-            for hessian in hessians:
-                tokens = torch.tensor(hessian.tokens, dtype=torch.float64, device=hessian.sum.device)
+        for hessian in hessians:
+            tokens = torch.tensor(hessian.tokens, dtype=torch.float64, device=hessian.sum.device)
+            with _lost():
                 for tensor in (hessian.sum, tokens):
                     dist.all_reduce(tensor) if to is None else dist.reduce(tensor, dst=to)
-                hessian.tokens = float(tokens)
+            hessian.tokens = float(tokens)
 
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """The ranks' tensors, which have one shape, side by side."""
@@ -155,11 +159,14 @@ class Ranks:
 
 ALONE = Ranks()
 _STORES: list[dist.Store] = []  # what the ranks met in; it lives in the launcher
+_CALLS: list[int] = []  # of `one_voice` in this process; each rank makes the same ones
 
 
 @contextmanager
 def _lost() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # a connection that was closed; torch has no class of its own for it on all backends
-        raise RankLost(f"another rank has ended ({error})") from error
+        raise RankLost(f"the processes have lost touch, as where one of them has ended ({error})") from error

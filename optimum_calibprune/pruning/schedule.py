@@ -63,28 +63,31 @@ class Settings:
         return target
 
 
-def resident_micro_batches(model: PreTrainedModel, stops: list[list[Stop]], tokens: int, device: torch.device) -> int:
-    """How many micro-batches of `tokens` tokens may wait inside a block at once: half of the free memory, measured.
+def free_on(device: torch.device) -> int:
+    """Bytes of memory that are free there now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+
+def resident_micro_batches(
+    model: PreTrainedModel, stops: list[list[Stop]], tokens: int, device: torch.device, reserved: int = 0
+) -> int:
+    """How many micro-batches of `tokens` tokens may wait inside a block at once: half of the memory that is free now, without
+    what is `reserved` for other things.
 
     A waiting micro-batch is counted with the inputs and outputs of all linear layers of the largest block.
     """
     width = max(sum(stop.width for stop in block) for block in stops)
-    size = torch.finfo(model.dtype).bits // 8
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = free_memory()
-    return max(0, int(free / 2 / (width * tokens * size)))
+    return max(0, (free_on(device) - reserved) // 2 // (width * tokens * model.dtype.itemsize))
 
 
-def place_of_activations(size: int, device: torch.device, with_file: bool) -> str:
-    """Where hidden states of `size` bytes are kept: on the device, else in host memory, where that is half of the free memory
-    at most; else in a file, where there is a folder for it."""
-    if device.type == "cuda":
-        if size <= torch.cuda.mem_get_info(device)[0] / 2:
-            return "device"
-        return "pinned host memory" if size <= free_memory() / 2 or not with_file else "file"
-    return "file" if with_file and size > free_memory() / 2 else "device"
+def place_of_activations(size: int, device: torch.device, with_file: bool, reserved: int = 0) -> str:
+    """Where hidden states of `size` bytes are kept: on the device, where they take at most half of what is free there without
+    what is `reserved`; else in host memory by the same rule; else in a file, where there is a folder for it."""
+    if size <= (free_on(device) - reserved) / 2:
+        return "device"
+    if device.type == "cuda" and (size <= free_memory() / 2 or not with_file):
+        return "pinned host memory"
+    return "file" if with_file else "device"
 
 
 @torch.no_grad()
@@ -132,7 +135,7 @@ def prune_blocks(
     if start == len(model_blocks):
         return
     if journal is not None and not journal.outside:
-        journal.commit_outside(part_state(model, OUTSIDE))
+        journal.commit_outside(lambda: part_state(model, OUTSIDE))
     step, own = settings.micro_batch, own_micro_batches(calibration, settings.micro_batch, ranks)
     ids = torch.from_numpy(calibration.input_ids[own.start * step : own.stop * step].copy())
     balance = Balance.of(calibration, step, device).part(own)
@@ -164,7 +167,7 @@ def prune_blocks(
                     walk.propagate()
                 counted = recount(model, reports)
                 if journal is not None:
-                    journal.commit(i, part_state(model, i), hidden, counted)
+                    journal.commit(i, partial(part_state, model, i), hidden, counted)
                     if home.streamed:
                         home.take(i, journal.checkpoint(i))
             finally:
@@ -241,7 +244,7 @@ class _BlockWalk:
             ask(stop.names[0])
             if self.frugal:
                 give_back()
-            arrived = dense[position] if two_passes else self._arrive_at(position)
+            arrived = dense.pop(0) if two_passes else self._arrive_at(position)
             if self.frugal:
                 give_back()
             if isinstance(arrived, Routed):
@@ -249,6 +252,7 @@ class _BlockWalk:
             else:
                 self.ranks.add_up_hessians(arrived.hessians)
                 yield from self._solve(stop.matrices, arrived, self.ranks)
+            del arrived  # before the next one takes its room
 
     def _solve(self, matrices: dict[str, Tensor], arrived: Arrived, ranks: Ranks = ALONE) -> Iterator[LayerReport]:
         """Prunes matrices `[rows, columns]` of one input in place; several `ranks` have the same Hessians."""
@@ -358,7 +362,7 @@ class _BlockWalk:
         found = arrived.not_finite_from()
         here = None if found is None else self.first + found[0] * self.step + found[1]
         known = [sample for sample in ranks.everywhere(here) if sample is not None]
-        where = f"calibration sample {known[0]}" if known else "the calibration samples of another process"
+        where = f"calibration sample {known[0]}" if known else "all calibration samples together"
         return (
             f"{name} receives NaN, infinity or values whose squares overflow from {where}. The model overflows on it in this "
             "dtype; try dtype='bfloat16' or 'float32', or leave the sample out."

@@ -128,7 +128,7 @@ def test_killed_before_every_sync_to_the_disk_and_resumed_each_time(
         killed += 1
         run(dense, work, resume=(work / MANIFEST).is_file(), place=place)
         assert hashes(work) == undisturbed
-        assert not list(work.glob(".*"))
+        assert not [*work.glob(".*"), *work.glob("hidden-states*")]
     assert killed > 4 * BLOCKS
 
 
@@ -167,6 +167,29 @@ def test_another_run_is_refused_with_what_differs(identity: dict[str, Any], diff
     Journal(tmp_path / "work", IDENTITY, BLOCKS)
     with pytest.raises(ValueError, match=f"cannot be resumed with what was given: {differs}\\."):
         Journal(tmp_path / "work", identity, BLOCKS, resume=True)
+
+
+def test_hidden_states_of_earlier_blocks_do_not_stay(dense: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """A kill between the manifest and the removal leaves them."""
+    work = tmp_path / "work"
+    assert in_a_process(die_at, "unlink", 0, run, dense, work) == -signal.SIGKILL
+    assert len(list(work.glob("hidden-states*"))) == 1
+    (work / "hidden-states-00000.0.bin").touch()
+    run(dense, work, resume=True)
+    assert hashes(work) == undisturbed
+    assert not list(work.glob("hidden-states*"))
+
+
+def test_a_torn_shard_and_a_wrong_index_are_told(dense: Path, tmp_path: Path) -> None:
+    (path,) = dense.glob("*.safetensors")
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"torn\.safetensors is not a whole safetensors file"):
+        Checkpoint.of_files([torn])
+    with pytest.raises(OSError, match="is not a whole safetensors file"), Checkpoint({"x": torn}).read(["x"]):
+        pass
+    with pytest.raises(OSError, match="lacks nothing, which the index of the checkpoint puts there"):
+        Checkpoint({"nothing": path}).read(["nothing"]).__enter__()
 
 
 def test_another_calibration_set_is_refused(tmp_path: Path) -> None:
