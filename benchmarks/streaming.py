@@ -68,6 +68,8 @@ def allowed(libraries: int) -> tuple[dict[str, int], int]:
 
 def run(checkpoint: Path, output: Path, stream: bool) -> None:
     """The child: prunes and saves; prints what it took as one line of JSON."""
+    import datasets  # noqa: F401 (the last of the libraries that a run needs)
+
     CalibPruner.from_pretrained("pocket", capabilities="none", samples=1, mix="single:wikitext2").plan()
     libraries = memory("VmRSS")
     started = time.perf_counter()

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from .blocks import bypassed, damaged, find_blocks
 from .checkpoint import Checkpoint, as_bytes
 from .forward import Forward, wait_before
-from .memory import give_back
+from .memory import be_frugal, give_back
 
 
 IN_STEP = 2**30  # bytes of hidden states between which a streamed block is read once
@@ -97,6 +97,7 @@ class Streamed:
     streamed = True
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
+        be_frugal()
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.name, self.blocks = find_blocks(model)
         self._shards: dict[int, Checkpoint] = {}

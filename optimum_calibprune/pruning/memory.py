@@ -23,9 +23,18 @@ def free_memory() -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+LARGE = 2**22  # bytes from which on a tensor has pages of its own
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def be_frugal() -> None:
+    """Makes glibc give each large tensor pages of its own, which go back to the system with it; else it raises that limit to 32
+    MB by and by, and what is freed below it stays in the process."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # other C libraries have no need of it
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)
+
+
 def give_back() -> None:
-    """Makes glibc give freed memory back to the system; else tensors below 32 MB that were freed stay in the process."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and no need of it
-        if trim is not None:
-            trim(0)
+    """Makes glibc give freed memory back to the system."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
