@@ -363,10 +363,8 @@ class Plan(Record):
 @dataclass(frozen=True)
 class TaskScore(Record):
     """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `fingerprint` is
-    the SHA-256 of the items' texts in their order; it is empty in records of runs that did not keep it."""
-
-    """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `shots` counts the
-    examples in a prompt; `data` says where the items are from."""
+    the SHA-256 of all that was asked and how it was scored; it is empty in records of runs that did not keep it. `shots`
+    counts the examples in a prompt; `data` says where the items are from."""
 
     task: str
     capability: str

@@ -181,7 +181,7 @@ def _measured(
         metric=metric,
         chance=task.chance(),
         item_scores=values,
-        fingerprint=contamination.fingerprint(task.texts()),
+        fingerprint=task.fingerprint(),
         shots=task.shots,
         data=task.data,
     )

@@ -17,7 +17,6 @@ from optimum_calibprune.capabilities.contamination import (
     check_overlaps,
     count_overlaps,
     exempt_sources,
-    fingerprint,
     item_text,
 )
 from optimum_calibprune.publishing.card import render
@@ -67,12 +66,6 @@ def test_an_item_is_its_prompt_its_right_answer_and_its_tests() -> None:
     assert item_text({"prompt": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}) == "2 + 2 = 4\n"
     assert item_text({"prompt": "2 + 2 =", "target": 4}) == "2 + 2 =4\n"
     assert item_text({"prompt": "def f():", "tests": "assert f()"}) == "def f():\nassert f()"
-
-
-def test_fingerprints_tell_items_and_their_order_apart() -> None:
-    found = [fingerprint(texts) for texts in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""], ["a"])]
-    assert len(set(found)) == 5
-    assert fingerprint(iter(["a", "b"])) == found[0]
 
 
 def test_too_much_is_refused_with_what_to_do() -> None:

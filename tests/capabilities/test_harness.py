@@ -179,6 +179,22 @@ def test_the_fingerprint_is_of_the_questions_and_of_how_a_task_of_ones_own_score
     assert len({first, second, third}) == 3
 
 
+def test_scores_tell_other_prompts_and_labels_of_the_same_items_apart(tmp_path: Path) -> None:
+    """`compare` pairs by the fingerprint in the scores."""
+    model = AutoModelForCausalLM.from_pretrained(pocket.MODEL, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    write(tmp_path / "piqa.jsonl", [{**ROWS["piqa"][0], "goal": f"goal {i}"} for i in range(4)])
+    task = replace(BENCHMARKS["piqa"], data=tmp_path)
+    first, again, shots, metric = (
+        measure(model, tokenizer, [each]).tasks[0]
+        for each in (task, task, replace(task, shots=2), replace(task, metric="acc_norm"))
+    )
+    write(tmp_path / "piqa.jsonl", [{**ROWS["piqa"][0], "goal": f"goal {i}", "label": 0} for i in range(4)])
+    labels = measure(model, tokenizer, [task]).tasks[0]
+    assert first == again
+    assert len({score.fingerprint for score in (first, shots, metric, labels)}) == 4
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
