@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import task_data
 from .benchmarks import BENCHMARKS, DRAW, Benchmark
+from .contamination import WORD, WORDS
 from .sandbox import check_programs
 
 
@@ -77,8 +78,12 @@ class Loaded:
         return len({(request.task_name, request.doc_id) for request in self.requests()})
 
     def texts(self) -> list[str]:
-        """What a calibration text would give away of each item: all the text that its row holds."""
-        return ["\n".join(_strings(doc)) for part in self.parts for doc in _items(part)]
+        """What a calibration text would give away of each item; of code all that its row holds: task, program and tests."""
+        return [
+            "\n".join(_strings(doc)) if self.runs_code else _given_away(part, doc)
+            for part in self.parts
+            for doc in _items(part)
+        ]
 
     def fingerprint(self) -> str:
         """SHA-256 over all that is asked and how it is scored, of a user's own task over the files of its folder, too."""
@@ -133,6 +138,16 @@ def fingerprint(requests: Sequence[Instance], *scoring: str) -> str:
 def _items(part: ConfigurableTask) -> list[dict[str, Any]]:
     """The items of a part's requests, each once, in their order."""
     return list({request.doc_id: request.doc for request in part.instances}.values())
+
+
+def _given_away(part: ConfigurableTask, doc: dict[str, Any]) -> str:
+    """What is asked with the right answer, and the long texts of the item's row that are not in it."""
+    choices = part.doc_to_choice(doc) if part.OUTPUT_TYPE == "multiple_choice" else []
+    halves = (part.doc_to_text(doc), part.doc_to_target(doc))
+    asked = " ".join(str(choices[half] if choices and isinstance(half, int) else half) for half in halves)
+    return "\n".join(
+        [asked, *(text for text in _strings(doc) if len(WORD.findall(text)) >= WORDS and text not in asked)]
+    )
 
 
 def _strings(value: Any) -> Iterator[str]:
