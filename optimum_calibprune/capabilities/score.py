@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..records import Scores, TaskScore
@@ -162,7 +162,7 @@ def _measured(
     items = task.items()
     if key is not None and (known := store.load(key)) is not None:
         tell(items, items, f"{task.name}, from the cache")
-        return known
+        return replace(known, task=task.name, capability=task.capability, data=task.data)
     if task.runs_code and not isolation().available:
         raise SandboxUnavailable(f"generated code cannot be isolated here: {isolation().reason}")
     started = time.perf_counter()

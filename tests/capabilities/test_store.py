@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,18 @@ def test_the_same_model_is_asked_once_and_another_one_again(
         weight[0, 0] = before
     measure(model, tokenizer, short(tmp_path), keep=True)
     assert asked == ["pocket_commonsense", "pocket_math"] * 3
+
+
+def test_kept_scores_are_of_the_capability_and_file_that_were_asked_for(
+    folder: Path, tmp_path: Path, model: PreTrainedModel
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    (task,) = (task for task in short(tmp_path) if task.name == "pocket_math")
+    first = measure(model, tokenizer, [task], keep=True).tasks[0]
+    other = replace(task, capability="general", path=task.path.rename(tmp_path / "other.jsonl"))
+    second = measure(model, tokenizer, [other], keep=True).tasks[0]
+    assert len(list(folder.iterdir())) == 1
+    assert second == replace(first, capability="general", data="other.jsonl")
 
 
 def test_damaged_scores_are_measured_anew(
