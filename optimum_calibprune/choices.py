@@ -98,7 +98,7 @@ def choose_tasks(config: CalibPruneConfig) -> Measurement:
         raise ValueError(
             f"Capabilities {', '.join(missing)} were asked for, but none of the tasks measures them; name other tasks."
         )
-    code = {task.name: task for task in tasks if isinstance(task, Benchmark) and task.runs_code}
+    code = {task.name: task for task in tasks if task.runs_code and not (isinstance(task, Task) and _is_own(config))}
     refused: dict[str, tuple[str, str]] = {}
     if code and not config.allow_code_execution:
         if "code" in asked or config.tasks:
@@ -107,6 +107,12 @@ def choose_tasks(config: CalibPruneConfig) -> Measurement:
     return Measurement(
         [task for task in tasks if task.name not in refused], refused, bool(config.tasks) or asked != ("auto",)
     )
+
+
+def _is_own(config: CalibPruneConfig) -> bool:
+    """Whether the model is the bundled one, or in a folder of the user's. What a repo says of itself is not enough to run
+    the code that its model writes."""
+    return config.model == pocket.NAME or Path(config.model).is_dir()
 
 
 def _named(config: CalibPruneConfig, suite: str | None) -> list[Task | Benchmark]:
