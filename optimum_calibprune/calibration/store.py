@@ -32,11 +32,20 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **se
     made = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__, **settings}
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     digest.update(model.config.to_json_string(use_diff=False).encode())
-    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    digest.update(_tokenizer(tokenizer).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides how a tokenizer splits and joins a text; truncation and padding are those of its last call."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return repr([sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs])
+    parts = json.loads(fast.to_str())
+    return json.dumps({name: part for name, part in parts.items() if name not in ("truncation", "padding")})
 
 
 def place(key: str) -> Path:

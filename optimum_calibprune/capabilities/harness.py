@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,13 @@ MATH = "it needs lm-eval's packages for mathematics: pip install 'optimum-calibp
 @dataclass
 class Loaded:
     """A benchmark with its data. `parts` are tasks of lm-eval, one or, of MMLU, one a subject; `data` says where the items
-    are from; `drawn` names the indices of the items that are asked, by part."""
+    are from; `drawn` names the indices of the items that are asked, by part. `settled` is False after scores in which a
+    program ran out of time, since it may do better next time."""
 
     benchmark: Benchmark
     parts: list[ConfigurableTask]
     data: str
+    settled: bool = field(default=True, init=False)
 
     @property
     def name(self) -> str:
@@ -86,12 +89,15 @@ class Loaded:
         ]
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that is asked and how it is scored, of a user's own task over the files of its folder, too."""
+        """SHA-256 over all that is asked and how it is scored, of a user's own task over its whole config and the files of
+        its folder, too."""
         path = Path(self.benchmark.config)
-        files = sorted(path.parent.glob("*.y*ml")) + sorted(path.parent.glob("*.py")) if path.is_absolute() else []
-        return fingerprint(
-            self.requests(), self.benchmark.metric, self.name, *(file.read_text(encoding="utf-8") for file in files)
-        )
+        own = []
+        if path.is_absolute():
+            files = sorted(path.parent.glob("*.y*ml")) + sorted(path.parent.glob("*.py"))
+            own = [file.read_text(encoding="utf-8") for file in files]
+            own += [json.dumps(_described(part.config), sort_keys=True) for part in self.parts]
+        return fingerprint(self.requests(), self.benchmark.metric, self.name, *own)
 
     def chance(self) -> float:
         """The score of guessing: of multiple choice the mean of one in as many choices as an item has."""
@@ -114,7 +120,9 @@ class Loaded:
             request.resps.append(answer)
         if self.runs_code:
             programs = [program for part in self.parts for program in _programs(part)]
-            return "pass@1", tuple(float(verdict.passed) for verdict in check_programs(programs))
+            verdicts = check_programs(programs)
+            self.settled = all(verdict.settled for verdict in verdicts)
+            return "pass@1", tuple(float(verdict.passed) for verdict in verdicts)
         found = [(key, value) for part in self.parts for key, value in _results(part, self.benchmark.metric)]
         metric = found[0][0]
         values = [value for _, value in found]
@@ -133,6 +141,23 @@ def fingerprint(requests: Sequence[Instance], *scoring: str) -> str:
         asked = [request.request_type, request.args, request.doc, request.repeats]
         digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _described(value: Any) -> Any:
+    """What a config says, as JSON without addresses of objects: of a function its source. How data are loaded is left out:
+    what was loaded stands in the requests."""
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(key): _described(item) for key, item in value.items() if key != "dataset_kwargs"}
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (TypeError, OSError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    return value if isinstance(value, str | int | float | None) else type(value).__qualname__
 
 
 def _items(part: ConfigurableTask) -> list[dict[str, Any]]:

@@ -69,6 +69,11 @@ class Verdict:
     reason: str
     seconds: float
 
+    @property
+    def settled(self) -> bool:
+        """False where the program ran out of time: it may do better next time."""
+        return self.reason != "timed out"
+
 
 @dataclass(frozen=True)
 class Isolation:
@@ -212,7 +217,7 @@ class _Verdicts:
     def keep(self, verdicts: dict[Job, Verdict], limits: tuple) -> None:
         for job, verdict in verdicts.items():
             self._verdicts.pop((job, limits), None)
-            if verdict.reason != "timed out":
+            if verdict.settled:
                 self._verdicts[job, limits] = verdict
         for key in list(self._verdicts)[: -self._size]:
             self._verdicts.pop(key, None)

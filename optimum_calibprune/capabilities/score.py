@@ -14,7 +14,7 @@ from ..records import Scores, TaskScore
 from . import contamination, store
 from .benchmarks import Benchmark
 from .harness import Loaded, fingerprint, load
-from .sandbox import SandboxUnavailable, check_programs, isolation
+from .sandbox import SandboxUnavailable, Verdict, check_programs, isolation
 from .tasks import Task, lm_eval_config, read
 
 
@@ -41,6 +41,7 @@ class Probes:
         self.task = task
         self.name, self.capability, self.shots, self.data = task.name, task.capability, 0, task.path.name
         self.runs_code = task.runs_code
+        self.settled = True  # False after scores in which a program ran out of time
         self._part = TaskManager(include_defaults=False).load([lm_eval_config(task)])["tasks"][task.name]
         self._part.build_all_requests()
 
@@ -63,6 +64,10 @@ class Probes:
         responses: dict[int, list[Any]] = {}
         for request, answer in zip(self.requests(), answers, strict=True):
             responses.setdefault(request.doc_id, []).append(answer)
+        if self.runs_code:
+            verdicts = _verdicts(self.task, list(responses.values()))
+            self.settled = all(verdict.settled for verdict in verdicts)
+            return self.task.kind, tuple(float(verdict.passed) for verdict in verdicts)
         return self.task.kind, score(self.task, list(responses.values()), tokenizer)
 
 
@@ -185,7 +190,7 @@ def _measured(
         shots=task.shots,
         data=task.data,
     )
-    if key is not None:
+    if key is not None and task.settled:
         store.save(key, result)
     return result
 
@@ -209,13 +214,16 @@ def score(task: Task, responses: Responses, tokenizer: PreTrainedTokenizerBase) 
     items = read(task)
     if task.kind == "multiple_choice":
         return tuple(_multiple_choice(item, answer, tokenizer) for item, answer in zip(items, responses, strict=True))
-    texts = [answer[0] for answer in responses]
     if task.kind == "exact_match":
-        return tuple(_exact_match(task, item, text) for item, text in zip(items, texts, strict=True))
+        return tuple(_exact_match(task, item, answer[0]) for item, answer in zip(items, responses, strict=True))
     if task.kind == "pass@1":
-        programs = [(item["prompt"] + text, item["tests"]) for item, text in zip(items, texts, strict=True)]
-        return tuple(float(verdict.passed) for verdict in check_programs(programs))
+        return tuple(float(verdict.passed) for verdict in _verdicts(task, responses))
     raise AssertionError(task.kind)
+
+
+def _verdicts(task: Task, responses: Responses) -> list[Verdict]:
+    items = zip(read(task), responses, strict=True)
+    return check_programs([(item["prompt"] + answer[0], item["tests"]) for item, answer in items])
 
 
 def _multiple_choice(item: dict[str, Any], answers: list[Any], tokenizer: PreTrainedTokenizerBase) -> float:

@@ -179,6 +179,24 @@ def test_the_fingerprint_is_of_the_questions_and_of_how_a_task_of_ones_own_score
     assert len({first, second, third}) == 3
 
 
+def test_the_fingerprint_is_of_what_a_task_of_ones_own_includes_from_elsewhere(tmp_path: Path) -> None:
+    """How answers are scored, the requests being equal."""
+    (tmp_path / "tasks").mkdir()
+    data = write(tmp_path / "mine.jsonl", ITEMS)
+    (tmp_path / "tasks" / "mine.yaml").write_text("include: ../base.yaml\ntask: mine\n")
+
+    def found(metric: str, body: str) -> str:
+        (tmp_path / "scoring.py").write_text(f"def process(doc, results):\n    return {body}\n")
+        text = MINE.format(path=data, metric=metric) + "process_results: !function scoring.process\n"
+        (tmp_path / "base.yaml").write_text(text)
+        task = load(find(str(tmp_path / "tasks" / "mine.yaml")))
+        return task.fingerprint()
+
+    first = found("acc", "{'acc': 1.0}")
+    assert found("acc", "{'acc': 1.0}") == first
+    assert len({first, found("acc_norm", "{'acc': 1.0}"), found("acc", "{'acc': 0.0, 'other': 1.0}")}) == 3
+
+
 def test_scores_tell_other_prompts_and_labels_of_the_same_items_apart(tmp_path: Path) -> None:
     """`compare` pairs by the fingerprint in the scores."""
     model = AutoModelForCausalLM.from_pretrained(pocket.MODEL, dtype="float32").eval()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,9 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_calibprune import pocket
+from optimum_calibprune.capabilities import harness, store
 from optimum_calibprune.capabilities import score as scoring
-from optimum_calibprune.capabilities import store
+from optimum_calibprune.capabilities.benchmarks import BENCHMARKS
 from optimum_calibprune.capabilities.engine import Engine
+from optimum_calibprune.capabilities.sandbox import Isolation, Verdict
 from optimum_calibprune.capabilities.score import measure
 from optimum_calibprune.capabilities.tasks import Task, pocket_tasks
 from optimum_calibprune.records import Scores
@@ -96,6 +99,33 @@ def test_kept_scores_are_of_the_capability_and_file_that_were_asked_for(
     second = measure(model, tokenizer, [other], keep=True).tasks[0]
     assert len(list(folder.iterdir())) == 1
     assert second == replace(first, capability="general", data="other.jsonl")
+
+
+def test_scores_in_which_a_program_ran_out_of_time_are_not_kept(
+    folder: Path, tmp_path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (probes,) = pocket_tasks(["code"])
+    probes = replace(probes, path=tmp_path / "code.jsonl")
+    probes.path.write_text("".join(line + "\n" for line in pocket.probes()["code"].read_text().splitlines()[:2]))
+    row = {"task_id": 1, "text": "Return one.", "code": "", "test_list": ["assert one() == 1"] * 3}
+    (tmp_path / "mbpp.jsonl").write_text(f"{json.dumps(row)}\n")
+    tasks = [probes, replace(BENCHMARKS["mbpp"], data=tmp_path)]
+    monkeypatch.setattr(scoring, "isolation", lambda: Isolation(available=True))
+    for reason, kept in (("timed out", 0), ("AssertionError", 2)):
+        for module in (scoring, harness):
+            monkeypatch.setattr(
+                module, "check_programs", lambda programs, why=reason: [Verdict(False, why, 1.0)] * len(programs)
+            )
+        assert len(measure(model, AutoTokenizer.from_pretrained(pocket.MODEL), tasks, keep=True).tasks) == 2
+        assert len(list(folder.iterdir())) == kept
+
+
+def test_what_ends_a_text_is_part_of_the_identity(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    first = store.of_model(model, tokenizer)
+    assert store.of_model(model, tokenizer) == first
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [5, 6])
+    assert store.of_model(model, tokenizer) != first
 
 
 def test_damaged_scores_are_measured_anew(
