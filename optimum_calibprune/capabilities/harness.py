@@ -111,7 +111,7 @@ class Loaded:
     def scores(self, answers: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[float, ...]]:
         """The metric and the score of each item, from an answer to each of the requests.
 
-        Raises `ValueError` where the task's metric is none that every item has for itself, in [0, 1].
+        Raises `ValueError` where the task's scoring fails, or its metric is none that every item has for itself, in [0, 1].
         """
         for request in self.requests():
             request.resps.clear()
@@ -123,7 +123,10 @@ class Loaded:
             verdicts = check_programs(programs)
             self.settled = all(verdict.settled for verdict in verdicts)
             return "pass@1", tuple(float(verdict.passed) for verdict in verdicts)
-        found = [(key, value) for part in self.parts for key, value in _results(part, self.benchmark.metric)]
+        try:
+            found = [(key, value) for part in self.parts for key, value in _results(part, self.benchmark.metric)]
+        except Exception as error:  # a user's scoring may do anything
+            raise ValueError(f"its scoring fails: {' '.join(repr(error).split())}") from error
         metric = found[0][0]
         values = [value for _, value in found]
         if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
@@ -195,6 +198,8 @@ def _results(part: ConfigurableTask, metric: str) -> list[tuple[str, float]]:
         requests.sort(key=lambda request: request.idx)
         chosen = wanted_filter or next(iter(requests[0].filtered_resps))
         found = part.process_results(requests[0].doc, [request.filtered_resps[chosen] for request in requests])
+        if not found:
+            raise ValueError("it gives an item no metric")
         key = wanted or next(iter(found))
         value = found[key]
         results.append(

@@ -250,6 +250,24 @@ def test_a_metric_that_is_not_one_of_each_item_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('no\\nroom')", r"its scoring fails: RuntimeError\('no.*room'\)\.$"),
+        ("return {}", r"its scoring fails: ValueError\('it gives an item no metric'\)\.$"),
+        ("return {}['acc']", r"its scoring fails: KeyError\('acc'\)\.$"),
+    ],
+)
+def test_a_scoring_of_ones_own_that_fails_is_told_in_a_sentence(body: str, message: str, tmp_path: Path) -> None:
+    name = mine(tmp_path)
+    (tmp_path / "scoring.py").write_text(f"def process(doc, results):\n    {body}\n")
+    with (tmp_path / "mine.yaml").open("a") as file:
+        file.write("process_results: !function scoring.process\n")
+    model = AutoModelForCausalLM.from_pretrained(pocket.MODEL, dtype="float32").eval()
+    with pytest.raises(ValueError, match=rf"^Task 'mine' cannot be measured: {message}"):
+        measure(model, AutoTokenizer.from_pretrained(pocket.MODEL), [find(name)])
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         (None, "there is no piqa.jsonl among the local files"),
