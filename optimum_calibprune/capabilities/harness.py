@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import task_data
-from .benchmarks import BENCHMARKS, DRAW, Benchmark
+from .benchmarks import DRAW, Benchmark
 from .contamination import WORD, WORDS
 from .sandbox import check_programs
 
@@ -227,7 +227,7 @@ def load(benchmark: Benchmark, token: str | None = None) -> Loaded:
     Raises `ValueError` with half a sentence that says why it cannot be had here, `ConnectionError` where the Hub cannot be
     reached.
     """
-    own = benchmark.name not in BENCHMARKS
+    own = Path(benchmark.config).is_absolute()
     try:
         configs = [_config(path, benchmark) for path in _files(benchmark.config)]
     except ModuleNotFoundError as error:

@@ -168,6 +168,16 @@ def test_ones_own_task_is_measured_by_its_first_metric(tmp_path: Path) -> None:
     assert len(found.item_scores) == 10
 
 
+def test_a_file_of_ones_own_may_be_named_like_a_benchmark(tmp_path: Path) -> None:
+    Path(mine(tmp_path).partition(":")[0]).rename(tmp_path / "piqa.yaml")
+    write(tmp_path / "piqa.jsonl", ROWS["piqa"])
+    found = load(replace(find(str(tmp_path / "piqa.yaml")), data=tmp_path))
+    assert [found.requests()[0].args[0], found.items()] == ["Question: 0 + 0?\nAnswer:", 10]
+    (tmp_path / "piqa.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"piqa\.yaml is not a task of lm-eval"):
+        load(find(str(tmp_path / "piqa.yaml")))
+
+
 def test_the_fingerprint_is_of_the_questions_and_of_how_a_task_of_ones_own_scores(tmp_path: Path) -> None:
     name = mine(tmp_path)
     first = load(find(name)).fingerprint()
