@@ -367,6 +367,14 @@ class CalibPruner:
                 f"dense_scores are of {', '.join(sorted(measured)) or 'no task'}; this run measures "
                 f"{', '.join(sorted(wanted)) or 'no task'}."
             )
+        tasks = {task.name: task for task in self._tasks().tasks}
+        for score in given.tasks:
+            task = tasks[score.task]
+            if len(score.item_scores) != task.items() or score.fingerprint not in ("", task.fingerprint()):
+                raise ValueError(
+                    f"dense_scores of task {score.task!r} are of other items than this run's, or were asked or scored "
+                    "differently; measure the dense model again with this run's options."
+                )
 
     def choose_calibration(self, *, on_progress: Progress | None = None) -> Choice:
         """The calibration set of the mix, the account of it, and profiles of its samples and sources."""

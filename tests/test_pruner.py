@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from transformers import (
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
 from optimum_calibprune.cli import plan_text
-from optimum_calibprune.records import Scores
+from optimum_calibprune.records import Scores, TaskScore
 
 
 SMALL = {"samples": 16, "mix": "uniform", "capabilities": "none"}
@@ -321,6 +322,18 @@ def test_dense_scores_of_other_tasks_are_refused_before_any_work() -> None:
     pruner = CalibPruner.from_pretrained("pocket", capabilities="math")
     with pytest.raises(ValueError, match="dense_scores are of no task; this run measures pocket_math"):
         pruner.prune(dense_scores=Scores(()))
+
+
+def test_dense_scores_of_other_items_are_refused_before_any_work() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", capabilities="math")
+    (task,) = pruner._tasks().tasks
+    same = TaskScore("pocket_math", "math", "exact_match", 0.0, (1.0,) * 400, task.fingerprint())
+    pruner._check_dense_scores(Scores((same,)))
+    pruner._check_dense_scores(Scores((replace(same, fingerprint=""),)))
+    for other in (replace(same, fingerprint="ab" * 32), replace(same, fingerprint="", item_scores=(1.0,) * 399)):
+        with pytest.raises(ValueError, match="dense_scores of task 'pocket_math' are of other items than this run's"):
+            pruner.prune(dense_scores=Scores((other,)))
+    assert not pruner._pruned
 
 
 def test_a_model_that_cannot_be_pruned_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
