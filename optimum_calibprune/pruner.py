@@ -20,7 +20,7 @@ from . import __version__, machine
 from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
 from .calibration.sources import fingerprint
-from .capabilities import contamination
+from .capabilities import contamination, store
 from .capabilities import perplexity as perplexities
 from .capabilities.retention import capability_report
 from .capabilities.score import Prepared, measure, prepare
@@ -488,13 +488,14 @@ class CalibPruner:
         missing = {name: "not asked for" for name in CAPABILITIES if name not in asked}
         if not tasks.tasks:
             return Scores((), missing | tasks.not_measured(())[0])
+        weights = self._home.fingerprint() if self.streamed else None
         found = measure(
             self.model,
             self.tokenizer,
             tasks,
             on_progress=_stage(on_progress, stage),
             required=self._measurement.required,
-            keep=not self.streamed,  # its journal keeps them
+            identity=store.of_model(self.model, self.tokenizer, weights),
         )
         return replace(found, not_measured=missing | found.not_measured)
 

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
+def fingerprint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str | None = None, **settings: Any
+) -> str:
     """SHA-256 over the model's config and weights, the tokenizer, the kind of device, library versions and `settings`,
-    which must be JSON."""
+    which must be JSON. Where the `weights` are not in memory, their fingerprint stands for them."""
     import torch
     import transformers
 
@@ -33,6 +35,9 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **se
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     digest.update(model.config.to_json_string(use_diff=False).encode())
     digest.update(_tokenizer(tokenizer).encode())
+    if weights is not None:
+        digest.update(f"{weights} {model.dtype}".encode())
+        return digest.hexdigest()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -124,7 +124,7 @@ def measure(
     *,
     on_progress: Progress | None = None,
     required: bool = True,
-    keep: bool = False,
+    identity: str | None = None,
 ) -> Scores:
     """The score of every item of every task. Generated code runs in the sandbox, or, where nothing can be isolated
     here, not at all: its task is then not measured.
@@ -132,14 +132,14 @@ def measure(
     Args:
         on_progress: called with (items done, items, "task, items a second").
         required: whether a task that cannot be measured is an error; else it is named with the reason.
-        keep: whether each task's scores are kept in the cache and read from there, for the same weights and questions.
+        identity: of the model (`store.of_model`), under which each task's scores are kept in the cache and read from there;
+            None keeps none.
     """
     from .engine import Engine
 
     prepared = tasks if isinstance(tasks, Prepared) else prepare(tasks, required=required)
     missing = dict(prepared.missing)
     engine = Engine(model, tokenizer)
-    identity = store.of_model(model, tokenizer) if keep and prepared.tasks else None
     results = []
     for task in prepared.tasks:
         try:
