@@ -169,7 +169,7 @@ def _measured(
         tell(items, items, f"{task.name}, from the cache")
         return replace(known, task=task.name, capability=task.capability, data=task.data)
     if task.runs_code and not isolation().available:
-        raise SandboxUnavailable(f"generated code cannot be isolated here: {isolation().reason}")
+        raise SandboxUnavailable(isolation().reason)
     started = time.perf_counter()
 
     def on_answers(done: int, total: int) -> None:
