@@ -15,7 +15,7 @@ from .calibration.sources import OpenSource, open_sources
 from .calibration.table import SOURCES
 from .capabilities import benchmarks
 from .capabilities.benchmarks import Benchmark
-from .capabilities.perplexity import WIKITEXT2
+from .capabilities.perplexity import LOCAL_WIKITEXT2, WIKITEXT2, WIKITEXT2_FILE
 from .capabilities.tasks import Task, pocket_tasks
 from .loading import pruned_from
 from .records import CAPABILITIES, CalibPruneConfig, CalibrationSource
@@ -168,9 +168,15 @@ def choose_sources(config: CalibPruneConfig, given: Sources, token: str | None =
 
 
 def choose_perplexity_text(config: CalibPruneConfig, given: str | Path | None) -> CalibrationSource | None:
-    """The text that the user named, else WikiText-2; none for the pocket, to whom it is calibration text."""
+    """The text that the user named, else WikiText-2, from the folder with the tasks' data where it is there; none for the
+    pocket, to whom it is calibration text."""
     if given is None:
-        return None if is_pocket(config) else WIKITEXT2
+        local = Path(config.task_data) / WIKITEXT2_FILE if config.task_data is not None else None
+        if is_pocket(config):
+            return None
+        if local is not None and local.is_file():
+            return CalibrationSource(LOCAL_WIKITEXT2, "general", path=str(local))
+        return WIKITEXT2
     if not Path(given).exists():
         raise FileNotFoundError(f"There is no file {str(given)!r} to measure perplexity on.")
     return CalibrationSource(Path(given).stem, "general", path=str(given))

@@ -50,6 +50,7 @@ from .records import (
     BaseModel,
     CalibPruneConfig,
     CalibrationSet,
+    CalibrationSource,
     CapabilityReport,
     LayerReport,
     PerplexityReport,
@@ -283,7 +284,7 @@ class CalibPruner:
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=reproduce.command(self.config, self.base, sources, self._perplexity_source),
+            command=reproduce.command(self.config, self.base, sources, self._named_text),
             config=reproduce.public_config(self.config, self.base, sources),
             base=self.base,
             plan=plan,
@@ -499,12 +500,19 @@ class CalibPruner:
         )
         return replace(found, not_measured=missing | found.not_measured)
 
+    @property
+    def _named_text(self) -> CalibrationSource | None:
+        """The text that the user named to measure perplexity on."""
+        source = self._perplexity_source
+        local = source is not None and source.path is not None
+        return source if local and source.name != perplexities.LOCAL_WIKITEXT2 else None
+
     def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source
         if source is None:
             return None
         context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTH
-        wanted = self.config.length if source.path is not None else LENGTH
+        wanted = self.config.length if self._named_text else LENGTH
         return perplexities.read(source, self.tokenizer, min(wanted or LENGTH, context), self.token)
 
     def _dense_perplexity(self, text: perplexities.Text | None, on_progress: Progress | None) -> PerplexityReport:
