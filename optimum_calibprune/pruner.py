@@ -22,6 +22,7 @@ from .calibration.choose import Choice, choose
 from .calibration.sources import fingerprint
 from .capabilities import contamination, store
 from .capabilities import perplexity as perplexities
+from .capabilities.metrics import name_of
 from .capabilities.retention import capability_report
 from .capabilities.score import Prepared, measure, prepare
 from .choices import (
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
 
+    from .capabilities.metrics import Metric
+
 
 Progress = Callable[[int, int, str], None]
 R = TypeVar("R", bound=Record)
@@ -99,6 +102,7 @@ class CalibPruner:
         base: BaseModel | None = None,
         sources: Sources = None,
         perplexity_text: str | Path | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         token: str | None = None,
     ) -> None:
         """Takes a model that is in memory; `from_pretrained` loads one. `config.model` is then only its name.
@@ -119,6 +123,10 @@ class CalibPruner:
         self._journal: Journal | None = None
         self._ranks = Ranks.current()
         self._measurement = choose_tasks(self.config)
+        self._metrics = dict(metrics or {})
+        names = [task.name for task in self._measurement.tasks]
+        if other := [name for name in self._metrics if name not in names]:
+            raise ValueError(f"A metric is given for {other[0]!r}; this run measures {', '.join(names) or 'no task'}.")
         self._prepared: Prepared | None = None
         self._sources = choose_sources(self.config, listed(sources), token)
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
@@ -137,6 +145,7 @@ class CalibPruner:
         *,
         sources: Sources = None,
         perplexity_text: str | Path | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -155,6 +164,8 @@ class CalibPruner:
                 `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory. Default: what the mix names
                 or the model writes, else the pocket's real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
+            metrics: by task, what `evaluate.load` returns or any function of (predictions, references), lists of one text each:
+                it scores what the model writes for the task, 0 to 1, instead of the task's own scoring.
             token: of the Hub, as everywhere in transformers.
             cache_dir: where downloads are kept.
             local_files_only: use what is there already.
@@ -171,7 +182,7 @@ class CalibPruner:
         with Ranks.join().one_voice():
             options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
             options |= {"trust_remote_code": trust_remote_code, "stream": stream, "allow_pickle": allow_pickle}
-            return cls._loaded(model, listed(sources), perplexity_text, options, config)
+            return cls._loaded(model, listed(sources), perplexity_text, metrics, options, config)
 
     @classmethod
     def _loaded(
@@ -179,6 +190,7 @@ class CalibPruner:
         model: str,
         sources: Sources,
         perplexity_text: str | Path | None,
+        metrics: Mapping[str, Metric] | None,
         options: dict[str, Any],
         config: dict[str, Any],
     ) -> Self:
@@ -195,8 +207,8 @@ class CalibPruner:
             **options,
             check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
-        given = {"sources": sources, "perplexity_text": perplexity_text, "token": options["token"]}
-        return cls(home, tokenizer, asked, base=base, **given)
+        given = {"sources": sources, "perplexity_text": perplexity_text, "metrics": metrics}
+        return cls(home, tokenizer, asked, base=base, token=options["token"], **given)
 
     @property
     def speaks(self) -> bool:
@@ -326,6 +338,7 @@ class CalibPruner:
             "weights": self._home.fingerprint(),
             "sources": {entry.source.name: fingerprint(entry) for entry in self._sources},
             "streamed": self.streamed,
+            "metrics": {task: name_of(metric) for task, metric in self._metrics.items()},
         }
 
     def _kept(self, kind: type[R], compute: Callable[[], R]) -> R:
@@ -370,8 +383,9 @@ class CalibPruner:
             )
         tasks = {task.name: task for task in self._tasks().tasks}
         for score in given.tasks:
-            task = tasks[score.task]
-            if len(score.item_scores) != task.items() or score.fingerprint not in ("", task.fingerprint()):
+            task, metric = tasks[score.task], self._metrics.get(score.task)
+            asked = len(score.item_scores) == task.items() and score.fingerprint in ("", task.fingerprint())
+            if not asked or (metric is not None and name_of(metric) != score.metric):
                 raise ValueError(
                     f"dense_scores of task {score.task!r} are of other items than this run's, or were asked or scored "
                     "differently; measure the dense model again with this run's options."
@@ -497,6 +511,7 @@ class CalibPruner:
             on_progress=_stage(on_progress, stage),
             required=self._measurement.required,
             identity=store.of_model(self.model, self.tokenizer, weights),
+            metrics=self._metrics,
         )
         return replace(found, not_measured=missing | found.not_measured)
 

@@ -54,6 +54,14 @@ class Loaded:
         return self.benchmark.runs_code
 
     @property
+    def writes(self) -> bool:
+        """Whether each item is answered by one text, which a metric can compare with its reference."""
+        return not self.runs_code and all(part.OUTPUT_TYPE == "generate_until" for part in self.parts)
+
+    def references(self) -> list[Any]:
+        return [part.doc_to_target(doc) for part in self.parts for doc in _items(part)]
+
+    @property
     def shots(self) -> int:
         return self.parts[0].config.num_fewshot or 0
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..records import Scores, TaskScore
 from . import contamination, store
 from .benchmarks import Benchmark
 from .harness import Loaded, fingerprint, load
+from .metrics import item_scores, name_of
 from .sandbox import SandboxUnavailable, Verdict, check_programs, isolation
 from .tasks import Task, lm_eval_config, read
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .engine import Engine
+    from .metrics import Metric
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,13 @@ class Probes:
 
     def texts(self) -> list[str]:
         return [contamination.item_text(item) for item in read(self.task)]
+
+    @property
+    def writes(self) -> bool:
+        return self.task.kind == "exact_match"
+
+    def references(self) -> list[Any]:
+        return [str(item["target"]) for item in read(self.task)]
 
     def fingerprint(self) -> str:
         return fingerprint(self.requests(), self.task.kind, self.task.marker)
@@ -125,6 +134,7 @@ def measure(
     on_progress: Progress | None = None,
     required: bool = True,
     identity: str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Scores:
     """The score of every item of every task. Generated code runs in the sandbox, or, where nothing can be isolated
     here, not at all: its task is then not measured.
@@ -134,6 +144,7 @@ def measure(
         required: whether a task that cannot be measured is an error; else it is named with the reason.
         identity: of the model (`store.of_model`), under which each task's scores are kept in the cache and read from there;
             None keeps none.
+        metrics: by task, score the texts that the model writes for it, instead of the task's own scoring; see `metrics.py`.
     """
     from .engine import Engine
 
@@ -143,7 +154,10 @@ def measure(
     results = []
     for task in prepared.tasks:
         try:
-            results.append(_measured(engine, task, tokenizer, on_progress, identity))
+            metric = (metrics or {}).get(task.name)
+            results.append(
+                _measured(engine, task, tokenizer, on_progress, identity if metric is None else None, metric)
+            )
         except SandboxUnavailable as error:
             missing[task.name] = (task.capability, str(error))
         except ValueError as error:
@@ -160,6 +174,7 @@ def _measured(
     tokenizer: PreTrainedTokenizerBase,
     on_progress: Progress | None,
     identity: str | None,
+    own_metric: Metric | None,
 ) -> TaskScore:
     """One task, from the cache where it is there."""
     key = hashlib.sha256(f"{identity} {task.fingerprint()}".encode()).hexdigest() if identity is not None else None
@@ -168,6 +183,8 @@ def _measured(
     if key is not None and (known := store.load(key)) is not None:
         tell(items, items, f"{task.name}, from the cache")
         return replace(known, task=task.name, capability=task.capability, data=task.data)
+    if own_metric is not None and not task.writes:
+        raise ValueError("a metric scores texts, and of this task choices are compared or programs run")
     if task.runs_code and not isolation().available:
         raise SandboxUnavailable(isolation().reason)
     started = time.perf_counter()
@@ -179,7 +196,10 @@ def _measured(
     tell(0, items, task.name)
     engine.on_answers = on_answers
     responses = ask(engine, task.requests())
-    metric, values = task.scores(responses, tokenizer)
+    if own_metric is None:
+        metric, values = task.scores(responses, tokenizer)
+    else:
+        metric, values = name_of(own_metric), _by_metric(own_metric, responses, task.references())
     result = TaskScore(
         task=task.name,
         capability=task.capability,
@@ -193,6 +213,15 @@ def _measured(
     if key is not None and task.settled:
         store.save(key, result)
     return result
+
+
+def _by_metric(metric: Metric, texts: Sequence[str], references: Sequence[Any]) -> tuple[float, ...]:
+    try:
+        return item_scores(metric, texts, references)
+    except Exception as error:  # a user's function may do anything
+        raise ValueError(
+            f"its metric {name_of(metric)!r} fails: {' '.join(str(error).split()).rstrip('.')}"
+        ) from error
 
 
 def ask(engine: HFLM, requests: list[Instance]) -> list[Any]:
