@@ -50,8 +50,8 @@ class CalibPruneConfig(Record):
     `suite` is `"quick"` (a fixed draw of 200 items of each benchmark), `"full"`, or `"pocket"` (the probes of the pocket
     model, its default); other models are measured with `"quick"`. `tasks` names some of them instead, or files of lm-eval,
     `"FILE.yaml:CAPABILITY"`; they are measured completely unless a suite or a `limit` (items a task) says otherwise.
-    `task_data` is a folder with the tasks' data in local files. Code that a model has written for the tasks of benchmarks
-    runs only with `allow_code_execution`, and then in the sandbox.
+    `task_data` is a folder with the tasks' data in local files. Code that a model has written for benchmarks, or that a
+    model of the Hub has written for probes, runs only with `allow_code_execution`; all code runs in the sandbox.
     """
 
     model: str
