@@ -15,7 +15,7 @@ from .calibration.sources import OpenSource, open_sources
 from .calibration.table import SOURCES
 from .capabilities import benchmarks
 from .capabilities.benchmarks import Benchmark
-from .capabilities.perplexity import WIKITEXT2
+from .capabilities.perplexity import LOCAL_WIKITEXT2, WIKITEXT2, WIKITEXT2_FILE
 from .capabilities.tasks import Task, pocket_tasks
 from .loading import pruned_from
 from .records import CAPABILITIES, CalibPruneConfig, CalibrationSource
@@ -98,7 +98,7 @@ def choose_tasks(config: CalibPruneConfig) -> Measurement:
         raise ValueError(
             f"Capabilities {', '.join(missing)} were asked for, but none of the tasks measures them; name other tasks."
         )
-    code = {task.name: task for task in tasks if isinstance(task, Benchmark) and task.runs_code}
+    code = {task.name: task for task in tasks if task.runs_code and not (isinstance(task, Task) and _is_own(config))}
     refused: dict[str, tuple[str, str]] = {}
     if code and not config.allow_code_execution:
         if "code" in asked or config.tasks:
@@ -107,6 +107,12 @@ def choose_tasks(config: CalibPruneConfig) -> Measurement:
     return Measurement(
         [task for task in tasks if task.name not in refused], refused, bool(config.tasks) or asked != ("auto",)
     )
+
+
+def _is_own(config: CalibPruneConfig) -> bool:
+    """Whether the model is the bundled one, or in a folder of the user's. What a repo says of itself is not enough to run
+    the code that its model writes."""
+    return config.model == pocket.NAME or Path(config.model).is_dir()
 
 
 def _named(config: CalibPruneConfig, suite: str | None) -> list[Task | Benchmark]:
@@ -162,9 +168,15 @@ def choose_sources(config: CalibPruneConfig, given: Sources, token: str | None =
 
 
 def choose_perplexity_text(config: CalibPruneConfig, given: str | Path | None) -> CalibrationSource | None:
-    """The text that the user named, else WikiText-2; none for the pocket, to whom it is calibration text."""
+    """The text that the user named, else WikiText-2, from the folder with the tasks' data where it is there; none for the
+    pocket, to whom it is calibration text."""
     if given is None:
-        return None if is_pocket(config) else WIKITEXT2
+        local = Path(config.task_data) / WIKITEXT2_FILE if config.task_data is not None else None
+        if is_pocket(config):
+            return None
+        if local is not None and local.is_file():
+            return CalibrationSource(LOCAL_WIKITEXT2, "general", path=str(local))
+        return WIKITEXT2
     if not Path(given).exists():
         raise FileNotFoundError(f"There is no file {str(given)!r} to measure perplexity on.")
     return CalibrationSource(Path(given).stem, "general", path=str(given))

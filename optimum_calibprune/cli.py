@@ -107,7 +107,7 @@ def _add_tasks(parser: ArgumentParser) -> None:
         "--allow-code-execution",
         action="store_true",
         default=None,
-        help="run what the model writes for humaneval and mbpp, in a sandbox",
+        help="run what the model writes for humaneval and mbpp, and for code probes if it is of the Hub, in a sandbox",
     )
 
 

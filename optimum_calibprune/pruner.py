@@ -20,8 +20,9 @@ from . import __version__, machine
 from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
 from .calibration.sources import fingerprint
-from .capabilities import contamination
+from .capabilities import contamination, store
 from .capabilities import perplexity as perplexities
+from .capabilities.metrics import name_of
 from .capabilities.retention import capability_report
 from .capabilities.score import Prepared, measure, prepare
 from .choices import (
@@ -50,6 +51,7 @@ from .records import (
     BaseModel,
     CalibPruneConfig,
     CalibrationSet,
+    CalibrationSource,
     CapabilityReport,
     LayerReport,
     PerplexityReport,
@@ -66,6 +68,8 @@ from .records import (
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedTokenizerBase
+
+    from .capabilities.metrics import Metric
 
 
 Progress = Callable[[int, int, str], None]
@@ -101,6 +105,7 @@ class CalibPruner:
         base: BaseModel | None = None,
         sources: Sources = None,
         perplexity_text: str | Path | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         token: str | None = None,
     ) -> None:
         """Takes a model that is in memory; `from_pretrained` loads one. `config.model` is then only its name.
@@ -121,6 +126,10 @@ class CalibPruner:
         self._journal: Journal | None = None
         self._ranks = Ranks.current()
         self._measurement = choose_tasks(self.config)
+        self._metrics = dict(metrics or {})
+        names = [task.name for task in self._measurement.tasks]
+        if other := [name for name in self._metrics if name not in names]:
+            raise ValueError(f"A metric is given for {other[0]!r}; this run measures {', '.join(names) or 'no task'}.")
         self._prepared: Prepared | None = None
         self._sources = choose_sources(self.config, listed(sources), token)
         self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
@@ -139,6 +148,7 @@ class CalibPruner:
         *,
         sources: Sources = None,
         perplexity_text: str | Path | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -157,6 +167,8 @@ class CalibPruner:
                 `CalibrationSource`s; or a mapping from `"NAME:CAPABILITY"` to data in memory. Default: what the mix names
                 or the model writes, else the pocket's real texts, or the table's sources.
             perplexity_text: a local text file on which perplexity is measured instead of WikiText-2.
+            metrics: by task, what `evaluate.load` returns or any function of (predictions, references), lists of one text each:
+                it scores what the model writes for the task, 0 to 1, instead of the task's own scoring.
             token: of the Hub, as everywhere in transformers.
             cache_dir: where downloads are kept.
             local_files_only: use what is there already.
@@ -173,7 +185,7 @@ class CalibPruner:
         with Ranks.join().one_voice():
             options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
             options |= {"trust_remote_code": trust_remote_code, "stream": stream, "allow_pickle": allow_pickle}
-            return cls._loaded(model, listed(sources), perplexity_text, options, config)
+            return cls._loaded(model, listed(sources), perplexity_text, metrics, options, config)
 
     @classmethod
     def _loaded(
@@ -181,6 +193,7 @@ class CalibPruner:
         model: str,
         sources: Sources,
         perplexity_text: str | Path | None,
+        metrics: Mapping[str, Metric] | None,
         options: dict[str, Any],
         config: dict[str, Any],
     ) -> Self:
@@ -197,8 +210,8 @@ class CalibPruner:
             **options,
             check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
-        given = {"sources": sources, "perplexity_text": perplexity_text, "token": options["token"]}
-        return cls(home, tokenizer, asked, base=base, **given)
+        given = {"sources": sources, "perplexity_text": perplexity_text, "metrics": metrics}
+        return cls(home, tokenizer, asked, base=base, token=options["token"], **given)
 
     @property
     def speaks(self) -> bool:
@@ -290,7 +303,7 @@ class CalibPruner:
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=reproduce.command(self.config, self.base, sources, self._perplexity_source),
+            command=reproduce.command(self.config, self.base, sources, self._named_text),
             config=reproduce.public_config(self.config, self.base, sources),
             base=self.base,
             plan=plan,
@@ -332,6 +345,7 @@ class CalibPruner:
             "weights": self._home.fingerprint(),
             "sources": {entry.source.name: fingerprint(entry) for entry in self._sources},
             "streamed": self.streamed,
+            "metrics": {task: name_of(metric) for task, metric in self._metrics.items()},
         }
 
     def _kept(self, kind: type[R], compute: Callable[[], R], name: str = "") -> R:
@@ -374,6 +388,15 @@ class CalibPruner:
                 f"dense_scores are of {', '.join(sorted(measured)) or 'no task'}; this run measures "
                 f"{', '.join(sorted(wanted)) or 'no task'}."
             )
+        tasks = {task.name: task for task in self._tasks().tasks}
+        for score in given.tasks:
+            task, metric = tasks[score.task], self._metrics.get(score.task)
+            asked = len(score.item_scores) == task.items() and score.fingerprint in ("", task.fingerprint())
+            if not asked or (metric is not None and name_of(metric) != score.metric):
+                raise ValueError(
+                    f"dense_scores of task {score.task!r} are of other items than this run's, or were asked or scored "
+                    "differently; measure the dense model again with this run's options."
+                )
 
     def choose_calibration(self, *, on_progress: Progress | None = None) -> Choice:
         """The calibration set of the mix, the account of it, and profiles of its samples and sources."""
@@ -493,22 +516,31 @@ class CalibPruner:
         missing = {name: "not asked for" for name in CAPABILITIES if name not in asked}
         if not tasks.tasks:
             return Scores((), missing | tasks.not_measured(())[0])
+        weights = self._home.fingerprint() if self.streamed else None
         found = measure(
             self.model,
             self.tokenizer,
             tasks,
             on_progress=_stage(on_progress, stage),
             required=self._measurement.required,
-            keep=not self.streamed,  # its journal keeps them
+            identity=store.of_model(self.model, self.tokenizer, weights),
+            metrics=self._metrics,
         )
         return replace(found, not_measured=missing | found.not_measured)
+
+    @property
+    def _named_text(self) -> CalibrationSource | None:
+        """The text that the user named to measure perplexity on."""
+        source = self._perplexity_source
+        local = source is not None and source.path is not None
+        return source if local and source.name != perplexities.LOCAL_WIKITEXT2 else None
 
     def _perplexity_text(self) -> perplexities.Text | None:
         source = self._perplexity_source
         if source is None:
             return None
         context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTH
-        wanted = self.config.length if source.path is not None else LENGTH
+        wanted = self.config.length if self._named_text else LENGTH
         return perplexities.read(source, self.tokenizer, min(wanted or LENGTH, context), self.token)
 
     def _perplexity_report(self, text: perplexities.Text | None, on_progress: Progress | None) -> PerplexityReport:

@@ -50,8 +50,8 @@ class CalibPruneConfig(Record):
     `suite` is `"quick"` (a fixed draw of 200 items of each benchmark), `"full"`, or `"pocket"` (the probes of the pocket
     model, its default); other models are measured with `"quick"`. `tasks` names some of them instead, or files of lm-eval,
     `"FILE.yaml:CAPABILITY"`; they are measured completely unless a suite or a `limit` (items a task) says otherwise.
-    `task_data` is a folder with the tasks' data in local files. Code that a model has written for the tasks of benchmarks
-    runs only with `allow_code_execution`, and then in the sandbox.
+    `task_data` is a folder with the tasks' data in local files. Code that a model has written for benchmarks, or that a
+    model of the Hub has written for probes, runs only with `allow_code_execution`; all code runs in the sandbox.
     """
 
     model: str
@@ -363,10 +363,8 @@ class Plan(Record):
 @dataclass(frozen=True)
 class TaskScore(Record):
     """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `fingerprint` is
-    the SHA-256 of the items' texts in their order; it is empty in records of runs that did not keep it."""
-
-    """One task: `value` is the mean of `item_scores` (each in [0, 1]); `chance` is the score of guessing. `shots` counts the
-    examples in a prompt; `data` says where the items are from."""
+    the SHA-256 of all that was asked and how it was scored; it is empty in records of runs that did not keep it. `shots`
+    counts the examples in a prompt; `data` says where the items are from."""
 
     task: str
     capability: str

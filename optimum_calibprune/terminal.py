@@ -63,7 +63,7 @@ def progress(check: Callable[[], None]) -> Iterator[Callable[[int, int, str], No
         check()
         stage, _, detail = text.partition(": ")
         bar = bars.get(stage)
-        if bar is None or bar.total != total:
+        if bar is None or bar.total != total or done < bar.n:  # the next task of a stage
             for other in bars.values():
                 other.close()
             bar = bars[stage] = tqdm(total=total, desc=stage, leave=False, disable=quiet)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from transformers import (
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
 from optimum_calibprune.cli import plan_text
-from optimum_calibprune.records import Scores
+from optimum_calibprune.records import Scores, TaskScore
 
 
 SMALL = {"samples": 16, "mix": "uniform", "capabilities": "none"}
@@ -321,6 +323,66 @@ def test_dense_scores_of_other_tasks_are_refused_before_any_work() -> None:
     pruner = CalibPruner.from_pretrained("pocket", capabilities="math")
     with pytest.raises(ValueError, match="dense_scores are of no task; this run measures pocket_math"):
         pruner.prune(dense_scores=Scores(()))
+
+
+def test_metrics_score_the_texts_of_a_task_before_and_after() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def ends_alike(predictions: list[str], references: list[str]) -> dict[str, float]:
+        seen.append((predictions[0], references[0]))
+        return {"ends_alike": float(predictions[0].strip().endswith(references[0]))}
+
+    options = {"capabilities": "math", "mix": "uniform", "samples": 8, "length": 64}
+    pruner = CalibPruner.from_pretrained("pocket", metrics={"pocket_math": ends_alike}, **options)
+    record = pruner.prune()
+    assert len(seen) == 800
+    assert all(text and "####" not in reference for text, reference in seen)
+    for state in ("dense", "sparse"):
+        (task,) = pruner.scores[state].tasks
+        assert task.metric == "ends_alike"
+    assert pruner.scores["dense"].tasks[0].value > 0.7
+    assert record.capabilities.measured == ("math",)
+    own = CalibPruner.from_pretrained("pocket", **options).evaluate()
+    assert own.tasks[0].metric == "exact_match", "the other scores were not kept"
+    other = CalibPruner.from_pretrained("pocket", metrics={"pocket_math": ends_alike}, **options)
+    with pytest.raises(ValueError, match=r"dense_scores of task 'pocket_math' .* scored differently"):
+        other.prune(dense_scores=own)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "message"),
+    [
+        ("gsm8k", len, "A metric is given for 'gsm8k'; this run measures pocket_general, pocket_math"),
+        (
+            "pocket_general",
+            len,
+            "'pocket_general' cannot be measured: a metric scores texts, and of this task choices are",
+        ),
+        ("pocket_math", len, r"'pocket_math' cannot be measured: its metric 'len' fails: len\(\) takes exactly one"),
+        (
+            "pocket_math",
+            lambda *_: 2,
+            "its metric '<lambda>' fails: The metric returns 2 for one item; a score is a number",
+        ),
+    ],
+)
+def test_a_metric_that_does_not_do_is_a_sentence(task: str, metric: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CalibPruner.from_pretrained(
+            "pocket", metrics={task: metric}, tasks=["pocket_general", "pocket_math"]
+        ).evaluate()
+
+
+def test_dense_scores_of_other_items_are_refused_before_any_work() -> None:
+    pruner = CalibPruner.from_pretrained("pocket", capabilities="math")
+    (task,) = pruner._tasks().tasks
+    same = TaskScore("pocket_math", "math", "exact_match", 0.0, (1.0,) * 400, task.fingerprint())
+    pruner._check_dense_scores(Scores((same,)))
+    pruner._check_dense_scores(Scores((replace(same, fingerprint=""),)))
+    for other in (replace(same, fingerprint="ab" * 32), replace(same, fingerprint="", item_scores=(1.0,) * 399)):
+        with pytest.raises(ValueError, match="dense_scores of task 'pocket_math' are of other items than this run's"):
+            pruner.prune(dense_scores=Scores((other,)))
+    assert not pruner._pruned
 
 
 def test_a_model_that_cannot_be_pruned_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

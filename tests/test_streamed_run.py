@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_calibprune import CalibPruner, loading, pocket
 from optimum_calibprune.calibration import measure
+from optimum_calibprune.capabilities import score, store
 from optimum_calibprune.cli import plan_text
 from optimum_calibprune.pruning.homes import Streamed
 from optimum_calibprune.pruning.schedule import Cancelled
@@ -101,6 +102,25 @@ def test_a_run_that_was_stopped_goes_on_and_keeps_what_was_measured(
     pruner.save_pretrained(tmp_path / "saved")
     saved = tensors_in(tmp_path / "saved")
     assert all(torch.equal(expected[key], value) for key, value in saved.items())
+
+
+def test_scores_of_a_streamed_model_are_kept_by_task_apart_for_dense_and_sparse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(store, "place", lambda key: tmp_path / "kept" / f"{key}.json")
+    asked: list[int] = []
+    ask = score.ask
+    monkeypatch.setattr(score, "ask", lambda engine, requests: asked.append(1) or ask(engine, requests))
+    first = opened(capabilities="commonsense").evaluate()
+    pruner = opened(capabilities="commonsense")
+    assert pruner.evaluate() == first
+    assert len(asked) == 1
+    pruner.prune(work_dir=tmp_path / "work")
+    assert pruner.scores["dense"] == first
+    assert pruner.scores["sparse"] != first
+    assert pruner.evaluate() == pruner.scores["sparse"]
+    assert len(asked) == len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_another_configuration_does_not_go_on(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
+def fingerprint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str | None = None, **settings: Any
+) -> str:
     """SHA-256 over the model's config and weights, the tokenizer, the kind of device, library versions and `settings`,
-    which must be JSON."""
+    which must be JSON. Where the `weights` are not in memory, their fingerprint stands for them."""
     import torch
     import transformers
 
@@ -32,11 +34,23 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **se
     made = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__, **settings}
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     digest.update(model.config.to_json_string(use_diff=False).encode())
-    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    digest.update(_tokenizer(tokenizer).encode())
+    if weights is not None:
+        digest.update(f"{weights} {model.dtype}".encode())
+        return digest.hexdigest()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides how a tokenizer splits and joins a text; truncation and padding are those of its last call."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return repr([sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs])
+    parts = json.loads(fast.to_str())
+    return json.dumps({name: part for name, part in parts.items() if name not in ("truncation", "padding")})
 
 
 def place(key: str) -> Path:

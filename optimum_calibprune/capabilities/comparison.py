@@ -15,7 +15,8 @@ from .retention import capability_report, differ, interval, resampled_means
 def compare(first: Mapping[str, Scores], second: Mapping[str, Scores], *, names: tuple[str, str]) -> RunComparison:
     """Two runs, each as its `dense` and `sparse` scores, over the tasks that both have; `names` are those of the runs.
 
-    Raises `ValueError` where they have no task in common, or measured one of them on different items.
+    Raises `ValueError` where they have no task in common, or measured one of them on different items or in
+    different ways.
     """
     known = [{task.task: task for task in run["sparse"].tasks} for run in (first, second)]
     shared = [name for name in known[0] if name in known[1]]
@@ -27,8 +28,8 @@ def compare(first: Mapping[str, Scores], second: Mapping[str, Scores], *, names:
     for name in shared:
         if not _same_items(name, first, second):
             raise ValueError(
-                f"{names[0]} and {names[1]} were not measured on the same items of {name!r}, so that nothing is paired; "
-                "measure both again with the same suite and limit."
+                f"{names[0]} and {names[1]} were not measured on the same items of {name!r} in the same way, so that nothing is "
+                "paired; measure both again with the same suite and limit."
             )
     ours, theirs = (_only(run, shared) for run in (first, second))
     reports = [capability_report(run["dense"], run["sparse"]) for run in (ours, theirs)]
@@ -78,7 +79,8 @@ def _compared(first: TaskScore, second: TaskScore) -> TaskComparison:
 
 
 def _same_items(name: str, first: Mapping[str, Scores], second: Mapping[str, Scores]) -> bool:
-    """By their fingerprints; where one is missing, by the answers of the dense models, which must be equal."""
+    """By metric, shots and fingerprints; where one of these is missing, by the answers of the dense models, which must be
+    equal."""
     sparse = [_task(run["sparse"], name) for run in (first, second)]
     dense = [_task(run["dense"], name) for run in (first, second)]
     if len({len(task.item_scores) for task in sparse}) > 1 or differ(*sparse):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -68,14 +67,6 @@ def item_text(item: Mapping[str, Any]) -> str:
     choices, answer = item.get("choices"), item.get("answer")
     right = choices[answer] if choices and isinstance(answer, int) else item.get("target", "")
     return f"{item['prompt']}{right}\n{item.get('tests', '')}"
-
-
-def fingerprint(texts: Iterable[str]) -> str:
-    """SHA-256 over the items' texts, in their order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    return digest.hexdigest()
 
 
 def _windows(text: str) -> Iterator[str]:

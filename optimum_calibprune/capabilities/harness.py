@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import task_data
-from .benchmarks import BENCHMARKS, DRAW, Benchmark
+from .benchmarks import DRAW, Benchmark
+from .contamination import WORD, WORDS
 from .sandbox import check_programs
 
 
@@ -31,11 +33,13 @@ MATH = "it needs lm-eval's packages for mathematics: pip install 'optimum-calibp
 @dataclass
 class Loaded:
     """A benchmark with its data. `parts` are tasks of lm-eval, one or, of MMLU, one a subject; `data` says where the items
-    are from; `drawn` names the indices of the items that are asked, by part."""
+    are from; `drawn` names the indices of the items that are asked, by part. `settled` is False after scores in which a
+    program ran out of time, since it may do better next time."""
 
     benchmark: Benchmark
     parts: list[ConfigurableTask]
     data: str
+    settled: bool = field(default=True, init=False)
 
     @property
     def name(self) -> str:
@@ -48,6 +52,14 @@ class Loaded:
     @property
     def runs_code(self) -> bool:
         return self.benchmark.runs_code
+
+    @property
+    def writes(self) -> bool:
+        """Whether each item is answered by one text, which a metric can compare with its reference."""
+        return not self.runs_code and all(part.OUTPUT_TYPE == "generate_until" for part in self.parts)
+
+    def references(self) -> list[Any]:
+        return [part.doc_to_target(doc) for part in self.parts for doc in _items(part)]
 
     @property
     def shots(self) -> int:
@@ -77,16 +89,23 @@ class Loaded:
         return len({(request.task_name, request.doc_id) for request in self.requests()})
 
     def texts(self) -> list[str]:
-        """What a calibration text would give away of each item: all the text that its row holds."""
-        return ["\n".join(_strings(doc)) for part in self.parts for doc in _items(part)]
+        """What a calibration text would give away of each item; of code all that its row holds: task, program and tests."""
+        return [
+            "\n".join(_strings(doc)) if self.runs_code else _given_away(part, doc)
+            for part in self.parts
+            for doc in _items(part)
+        ]
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that is asked and how it is scored, of a user's own task over the files of its folder, too."""
+        """SHA-256 over all that is asked and how it is scored, of a user's own task over its whole config and the files of
+        its folder, too."""
         path = Path(self.benchmark.config)
-        files = sorted(path.parent.glob("*.y*ml")) + sorted(path.parent.glob("*.py")) if path.is_absolute() else []
-        return fingerprint(
-            self.requests(), self.benchmark.metric, self.name, *(file.read_text(encoding="utf-8") for file in files)
-        )
+        own = []
+        if path.is_absolute():
+            files = sorted(path.parent.glob("*.y*ml")) + sorted(path.parent.glob("*.py"))
+            own = [file.read_text(encoding="utf-8") for file in files]
+            own += [json.dumps(_described(part.config), sort_keys=True) for part in self.parts]
+        return fingerprint(self.requests(), self.benchmark.metric, self.name, *own)
 
     def chance(self) -> float:
         """The score of guessing: of multiple choice the mean of one in as many choices as an item has."""
@@ -100,7 +119,7 @@ class Loaded:
     def scores(self, answers: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[float, ...]]:
         """The metric and the score of each item, from an answer to each of the requests.
 
-        Raises `ValueError` where the task's metric is none that every item has for itself, in [0, 1].
+        Raises `ValueError` where the task's scoring fails, or its metric is none that every item has for itself, in [0, 1].
         """
         for request in self.requests():
             request.resps.clear()
@@ -109,8 +128,13 @@ class Loaded:
             request.resps.append(answer)
         if self.runs_code:
             programs = [program for part in self.parts for program in _programs(part)]
-            return "pass@1", tuple(float(verdict.passed) for verdict in check_programs(programs))
-        found = [(key, value) for part in self.parts for key, value in _results(part, self.benchmark.metric)]
+            verdicts = check_programs(programs)
+            self.settled = all(verdict.settled for verdict in verdicts)
+            return "pass@1", tuple(float(verdict.passed) for verdict in verdicts)
+        try:
+            found = [(key, value) for part in self.parts for key, value in _results(part, self.benchmark.metric)]
+        except Exception as error:  # a user's scoring may do anything
+            raise ValueError(f"its scoring fails: {' '.join(repr(error).split())}") from error
         metric = found[0][0]
         values = [value for _, value in found]
         if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
@@ -130,9 +154,36 @@ def fingerprint(requests: Sequence[Instance], *scoring: str) -> str:
     return digest.hexdigest()
 
 
+def _described(value: Any) -> Any:
+    """What a config says, as JSON without addresses of objects: of a function its source. How data are loaded is left out:
+    what was loaded stands in the requests."""
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {str(key): _described(item) for key, item in value.items() if key != "dataset_kwargs"}
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (TypeError, OSError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    return value if isinstance(value, str | int | float | None) else type(value).__qualname__
+
+
 def _items(part: ConfigurableTask) -> list[dict[str, Any]]:
     """The items of a part's requests, each once, in their order."""
     return list({request.doc_id: request.doc for request in part.instances}.values())
+
+
+def _given_away(part: ConfigurableTask, doc: dict[str, Any]) -> str:
+    """What is asked with the right answer, and the long texts of the item's row that are not in it."""
+    choices = part.doc_to_choice(doc) if part.OUTPUT_TYPE == "multiple_choice" else []
+    halves = (part.doc_to_text(doc), part.doc_to_target(doc))
+    asked = " ".join(str(choices[half] if choices and isinstance(half, int) else half) for half in halves)
+    return "\n".join(
+        [asked, *(text for text in _strings(doc) if len(WORD.findall(text)) >= WORDS and text not in asked)]
+    )
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -155,6 +206,8 @@ def _results(part: ConfigurableTask, metric: str) -> list[tuple[str, float]]:
         requests.sort(key=lambda request: request.idx)
         chosen = wanted_filter or next(iter(requests[0].filtered_resps))
         found = part.process_results(requests[0].doc, [request.filtered_resps[chosen] for request in requests])
+        if not found:
+            raise ValueError("it gives an item no metric")
         key = wanted or next(iter(found))
         value = found[key]
         results.append(
@@ -182,7 +235,7 @@ def load(benchmark: Benchmark, token: str | None = None) -> Loaded:
     Raises `ValueError` with half a sentence that says why it cannot be had here, `ConnectionError` where the Hub cannot be
     reached.
     """
-    own = benchmark.name not in BENCHMARKS
+    own = Path(benchmark.config).is_absolute()
     try:
         configs = [_config(path, benchmark) for path in _files(benchmark.config)]
     except ModuleNotFoundError as error:

@@ -35,6 +35,11 @@ def item_scores(
     return tuple(_number(_called(metric, prediction, reference), name) for prediction, reference in pairs)
 
 
+def name_of(metric: Metric) -> str:
+    """The name of a metric of `evaluate`, of a function its own."""
+    return getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__)
+
+
 def _called(metric: Metric, prediction: Any, reference: Any) -> Any:
     compute = getattr(metric, "compute", None)
     if compute is not None:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 LARGEST = 700.0  # nats, near the end of float64; a NaN is not below it either
 WIKITEXT2 = CalibrationSource("WikiText-2", "general", "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+WIKITEXT2_FILE = "wikitext2_test.jsonl"  # where it is among the tasks' local data
+LOCAL_WIKITEXT2 = f"{WIKITEXT2.name}, {WIKITEXT2_FILE}"  # the name of that text
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,19 @@ def draws_report(dense: Scores, draws: Sequence[Scores], *, seed: int = 0) -> Ca
 def _counterpart(task: TaskScore, scores: Scores) -> TaskScore:
     found = next((other for other in scores.tasks if other.task == task.task), None)
     if found is None or len(found.item_scores) != len(task.item_scores) or differ(task, found):
-        raise ValueError(f"Task {task.task!r} was not measured on the same items for the dense and the sparse model.")
+        raise ValueError(
+            f"Task {task.task!r} was not measured on the same items in the same way for the dense and the "
+            "sparse model."
+        )
     return found
 
 
 def differ(first: TaskScore, second: TaskScore) -> bool:
-    """Whether two scores are known to be of different items."""
+    """Whether two scores are known to be of different questions, or scored differently."""
+    if first.metric != second.metric:
+        return True
     both = bool(first.fingerprint and second.fingerprint)
-    return both and first.fingerprint != second.fingerprint
+    return both and (first.fingerprint, first.shots) != (second.fingerprint, second.shots)
 
 
 def _retention(

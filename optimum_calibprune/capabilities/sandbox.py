@@ -69,6 +69,11 @@ class Verdict:
     reason: str
     seconds: float
 
+    @property
+    def settled(self) -> bool:
+        """False where the program ran out of time: it may do better next time."""
+        return self.reason != "timed out"
+
 
 @dataclass(frozen=True)
 class Isolation:
@@ -153,7 +158,20 @@ def check_programs(
     Equal pairs run once, and not again in a later call of this process, unless they ran out of time. A worker keeps one
     supervisor; the programs that it runs one after another are isolated from each other as from all else.
     """
-    return _judge_each(programs, workers, timeout_seconds, memory_bytes)
+    if not programs:
+        return []
+    limits = (timeout_seconds, memory_bytes, _available().namespaces)
+    verdicts = {job: _VERDICTS.recall(job, limits) for job in programs}
+    waiting = deque(job for job, verdict in verdicts.items() if verdict is None)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            started = [pool.submit(_judge_all, waiting, *limits) for _ in range(min(workers, len(waiting)))]
+            for worker in started:
+                verdicts |= worker.result()
+        finally:
+            waiting.clear()  # after Ctrl-C, or where one worker cannot isolate its program
+    _VERDICTS.keep(verdicts, limits)
+    return [verdicts[job] for job in programs]
 
 
 def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES) -> Verdict:
@@ -168,35 +186,11 @@ def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int
     return _judge((None, program), timeout_seconds, memory_bytes, _available().namespaces)
 
 
-def run_programs(
-    programs: Sequence[str], *, workers: int = 2, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES
-) -> list[Verdict]:
-    """Run many programs that hold their own tests, as `check_programs` does; see `run_program`."""
-    return _judge_each([(None, program) for program in programs], workers, timeout_seconds, memory_bytes)
-
-
 def _available() -> Isolation:
     level = isolation()
     if not level.available:
         raise SandboxUnavailable(level.reason)
     return level
-
-
-def _judge_each(jobs: Sequence[Job], workers: int, timeout_seconds: float, memory_bytes: int) -> list[Verdict]:
-    if not jobs:
-        return []
-    limits = (timeout_seconds, memory_bytes, _available().namespaces)
-    verdicts = {job: _VERDICTS.recall(job, limits) for job in jobs}
-    waiting = deque(job for job, verdict in verdicts.items() if verdict is None)
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            started = [pool.submit(_judge_all, waiting, *limits) for _ in range(min(workers, len(waiting)))]
-            for worker in started:
-                verdicts |= worker.result()
-        finally:
-            waiting.clear()  # after Ctrl-C, or where one worker cannot isolate its program
-    _VERDICTS.keep(verdicts, limits)
-    return [verdicts[job] for job in jobs]
 
 
 class _Verdicts:
@@ -212,7 +206,7 @@ class _Verdicts:
     def keep(self, verdicts: dict[Job, Verdict], limits: tuple) -> None:
         for job, verdict in verdicts.items():
             self._verdicts.pop((job, limits), None)
-            if verdict.reason != "timed out":
+            if verdict.settled:
                 self._verdicts[job, limits] = verdict
         for key in list(self._verdicts)[: -self._size]:
             self._verdicts.pop(key, None)

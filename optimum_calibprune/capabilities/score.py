@@ -6,15 +6,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..records import Scores, TaskScore
 from . import contamination, store
 from .benchmarks import Benchmark
 from .harness import Loaded, fingerprint, load
-from .sandbox import SandboxUnavailable, check_programs, isolation
+from .metrics import item_scores, name_of
+from .sandbox import SandboxUnavailable, Verdict, check_programs, isolation
 from .tasks import Task, lm_eval_config, read
 
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .engine import Engine
+    from .metrics import Metric
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ class Probes:
 
         self.task = task
         self.name, self.capability, self.shots, self.data = task.name, task.capability, 0, task.path.name
-        self.runs_code = task.kind == "pass@1"
+        self.runs_code = task.runs_code
+        self.settled = True  # False after scores in which a program ran out of time
         self._part = TaskManager(include_defaults=False).load([lm_eval_config(task)])["tasks"][task.name]
         self._part.build_all_requests()
 
@@ -56,6 +59,13 @@ class Probes:
     def texts(self) -> list[str]:
         return [contamination.item_text(item) for item in read(self.task)]
 
+    @property
+    def writes(self) -> bool:
+        return self.task.kind == "exact_match"
+
+    def references(self) -> list[Any]:
+        return [str(item["target"]) for item in read(self.task)]
+
     def fingerprint(self) -> str:
         return fingerprint(self.requests(), self.task.kind, self.task.marker)
 
@@ -63,6 +73,10 @@ class Probes:
         responses: dict[int, list[Any]] = {}
         for request, answer in zip(self.requests(), answers, strict=True):
             responses.setdefault(request.doc_id, []).append(answer)
+        if self.runs_code:
+            verdicts = _verdicts(self.task, list(responses.values()))
+            self.settled = all(verdict.settled for verdict in verdicts)
+            return self.task.kind, tuple(float(verdict.passed) for verdict in verdicts)
         return self.task.kind, score(self.task, list(responses.values()), tokenizer)
 
 
@@ -119,7 +133,8 @@ def measure(
     *,
     on_progress: Progress | None = None,
     required: bool = True,
-    keep: bool = False,
+    identity: str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Scores:
     """The score of every item of every task. Generated code runs in the sandbox, or, where nothing can be isolated
     here, not at all: its task is then not measured.
@@ -127,18 +142,22 @@ def measure(
     Args:
         on_progress: called with (items done, items, "task, items a second").
         required: whether a task that cannot be measured is an error; else it is named with the reason.
-        keep: whether each task's scores are kept in the cache and read from there, for the same weights and questions.
+        identity: of the model (`store.of_model`), under which each task's scores are kept in the cache and read from there;
+            None keeps none.
+        metrics: by task, score the texts that the model writes for it, instead of the task's own scoring; see `metrics.py`.
     """
     from .engine import Engine
 
     prepared = tasks if isinstance(tasks, Prepared) else prepare(tasks, required=required)
     missing = dict(prepared.missing)
     engine = Engine(model, tokenizer)
-    identity = store.of_model(model, tokenizer) if keep and prepared.tasks else None
     results = []
     for task in prepared.tasks:
         try:
-            results.append(_measured(engine, task, tokenizer, on_progress, identity))
+            metric = (metrics or {}).get(task.name)
+            results.append(
+                _measured(engine, task, tokenizer, on_progress, identity if metric is None else None, metric)
+            )
         except SandboxUnavailable as error:
             missing[task.name] = (task.capability, str(error))
         except ValueError as error:
@@ -155,6 +174,7 @@ def _measured(
     tokenizer: PreTrainedTokenizerBase,
     on_progress: Progress | None,
     identity: str | None,
+    own_metric: Metric | None,
 ) -> TaskScore:
     """One task, from the cache where it is there."""
     key = hashlib.sha256(f"{identity} {task.fingerprint()}".encode()).hexdigest() if identity is not None else None
@@ -162,9 +182,11 @@ def _measured(
     items = task.items()
     if key is not None and (known := store.load(key)) is not None:
         tell(items, items, f"{task.name}, from the cache")
-        return known
+        return replace(known, task=task.name, capability=task.capability, data=task.data)
+    if own_metric is not None and not task.writes:
+        raise ValueError("a metric scores texts, and of this task choices are compared or programs run")
     if task.runs_code and not isolation().available:
-        raise SandboxUnavailable(f"generated code cannot be isolated here: {isolation().reason}")
+        raise SandboxUnavailable(isolation().reason)
     started = time.perf_counter()
 
     def on_answers(done: int, total: int) -> None:
@@ -174,20 +196,32 @@ def _measured(
     tell(0, items, task.name)
     engine.on_answers = on_answers
     responses = ask(engine, task.requests())
-    metric, values = task.scores(responses, tokenizer)
+    if own_metric is None:
+        metric, values = task.scores(responses, tokenizer)
+    else:
+        metric, values = name_of(own_metric), _by_metric(own_metric, responses, task.references())
     result = TaskScore(
         task=task.name,
         capability=task.capability,
         metric=metric,
         chance=task.chance(),
         item_scores=values,
-        fingerprint=contamination.fingerprint(task.texts()),
+        fingerprint=task.fingerprint(),
         shots=task.shots,
         data=task.data,
     )
-    if key is not None:
+    if key is not None and task.settled:
         store.save(key, result)
     return result
+
+
+def _by_metric(metric: Metric, texts: Sequence[str], references: Sequence[Any]) -> tuple[float, ...]:
+    try:
+        return item_scores(metric, texts, references)
+    except Exception as error:  # a user's function may do anything
+        raise ValueError(
+            f"its metric {name_of(metric)!r} fails: {' '.join(str(error).split()).rstrip('.')}"
+        ) from error
 
 
 def ask(engine: HFLM, requests: list[Instance]) -> list[Any]:
@@ -209,13 +243,16 @@ def score(task: Task, responses: Responses, tokenizer: PreTrainedTokenizerBase) 
     items = read(task)
     if task.kind == "multiple_choice":
         return tuple(_multiple_choice(item, answer, tokenizer) for item, answer in zip(items, responses, strict=True))
-    texts = [answer[0] for answer in responses]
     if task.kind == "exact_match":
-        return tuple(_exact_match(task, item, text) for item, text in zip(items, texts, strict=True))
+        return tuple(_exact_match(task, item, answer[0]) for item, answer in zip(items, responses, strict=True))
     if task.kind == "pass@1":
-        programs = [(item["prompt"] + text, item["tests"]) for item, text in zip(items, texts, strict=True)]
-        return tuple(float(verdict.passed) for verdict in check_programs(programs))
+        return tuple(float(verdict.passed) for verdict in _verdicts(task, responses))
     raise AssertionError(task.kind)
+
+
+def _verdicts(task: Task, responses: Responses) -> list[Verdict]:
+    items = zip(read(task), responses, strict=True)
+    return check_programs([(item["prompt"] + answer[0], item["tests"]) for item, answer in items])
 
 
 def _multiple_choice(item: dict[str, Any], answers: list[Any], tokenizer: PreTrainedTokenizerBase) -> float:

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCORING = 1  # grows when the same answers of a model are scored in another way
+SCORING = 2  # grows when the same answers of a model are scored in another way, or more is kept of them
 
 
-def of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over weights, config, vocabulary, kind of device and library versions, lm-eval's among them."""
-    return texts.fingerprint(model, tokenizer, lm_eval=version("lm_eval"), scoring=SCORING)
+def of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str | None = None) -> str:
+    """SHA-256 over weights, configs, tokenizer, kind of device and library versions, lm-eval's among them. `weights` is the
+    fingerprint of those of a streamed model, which are on disk."""
+    generation = getattr(model, "generation_config", None)  # says which tokens end a text
+    settings = generation.to_json_string(use_diff=False) if generation is not None else ""
+    made = {"lm_eval": version("lm_eval"), "scoring": SCORING, "generation": settings}
+    return texts.fingerprint(model, tokenizer, weights, **made)
 
 
 def place(key: str) -> Path:

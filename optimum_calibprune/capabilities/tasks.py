@@ -37,6 +37,10 @@ class Task:
     max_tokens: int = 96
     marker: str = ""
 
+    @property
+    def runs_code(self) -> bool:
+        return self.kind == "pass@1"
+
 
 def pocket_tasks(capabilities: Iterable[str], folder: Path | None = None) -> list[Task]:
     """The probes of the pocket model; `chance` is one in four choices where there are choices.

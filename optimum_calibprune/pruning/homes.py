@@ -167,8 +167,12 @@ class Streamed:
             _drop(self.blocks.modules())
 
     def fingerprint(self) -> str:
-        """SHA-256 of all files of the checkpoint."""
-        return self.checkpoint.fingerprint()
+        """SHA-256 of all files of the checkpoint, and of those from which finished blocks are read instead."""
+        dense = self.checkpoint.fingerprint()
+        if not self._shards:
+            return dense
+        taken = [f"{i} {shard.fingerprint()}" for i, shard in sorted(self._shards.items())]
+        return hashlib.sha256("\n".join([dense, *taken]).encode()).hexdigest()
 
     def put_back(self, i: int) -> None:
         """Drops the block: what is to last of it has been written, and is told to `take`."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..records import CapabilityReport, Scores
+from ..records import CAPABILITIES, CapabilityReport, Scores
 from . import plots
 
 
@@ -43,7 +43,10 @@ def _retention(report: CapabilityReport) -> list[plots.Bar]:
         for entry in report.capabilities
     ]
     known = {entry.capability for entry in report.capabilities}
-    rows += [plots.Bar(name, None, text="not measured") for name in report.not_measured if name not in known]
+    missing = [
+        name for name in CAPABILITIES if name in report.not_measured and name not in known
+    ]  # it names tasks, too
+    rows += [plots.Bar(name, None, text="not measured") for name in missing]
     if report.total is not None and len(report.measured) > 1:
         rows.append(plots.Bar("total", report.total, report.total_interval))
     return rows

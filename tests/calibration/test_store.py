@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from optimum_calibprune import pocket
@@ -73,5 +74,12 @@ def test_the_fingerprint_follows_weights_tokenizer_and_settings() -> None:
     with torch.no_grad():
         changed.model.norm.weight[3] += 1e-6
     assert store.fingerprint(changed, tokenizer, seed=0) != first
+    tokenizer("a text", truncation=True, max_length=1)
+    assert store.fingerprint(tiny(), tokenizer, seed=0) == first, "that was for one call"
+    before = tokenizer.get_vocab()
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    lowercase = store.fingerprint(tiny(), tokenizer, seed=0)
+    assert (tokenizer.get_vocab(), lowercase != first) == (before, True)
     tokenizer.add_tokens(["another"])
+    assert store.fingerprint(tiny(), tokenizer, seed=0) != lowercase
     assert store.fingerprint(tiny(), tokenizer, seed=0) != first

@@ -39,6 +39,10 @@ def run(dense: float, sparse: float, name: str = "t", capability: str = "code", 
     }
 
 
+def changed(scores: Run, **fields: object) -> Run:
+    return {state: Scores(tuple(replace(t, **fields) for t in found.tasks)) for state, found in scores.items()}
+
+
 def joined(*runs: Run) -> Run:
     return {state: Scores(tuple(t for one in runs for t in one[state].tasks)) for state in ("dense", "sparse")}
 
@@ -122,8 +126,19 @@ def test_tasks_that_one_run_alone_has_are_named_and_left_out() -> None:
             "a and b were not measured on the same items of 't'",
         ),
         (run(0.8, 0.5, fingerprint=""), "a and b were not measured on the same items of 't'"),
+        (changed(run(0.9, 0.5), metric="acc"), "of 't' in the same way"),
+        (changed(run(0.9, 0.5, fingerprint=""), metric="acc"), "of 't' in the same way"),
+        (changed(run(0.9, 0.5), shots=5), "of 't' in the same way"),
     ],
-    ids=["other texts", "other tasks", "other counts", "no texts and other dense answers"],
+    ids=[
+        "other questions",
+        "other tasks",
+        "other counts",
+        "no fingerprint and other dense answers",
+        "another metric",
+        "another metric and no fingerprint",
+        "other shots",
+    ],
 )
 def test_what_is_not_paired_is_refused(second: Run, message: str) -> None:
     with pytest.raises(ValueError, match=message):

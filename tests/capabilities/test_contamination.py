@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
+from optimum_calibprune.calibration.readers import READERS
+from optimum_calibprune.capabilities.benchmarks import BENCHMARKS
 from optimum_calibprune.capabilities.contamination import (
+    WORD,
     WORDS,
     check_overlaps,
     count_overlaps,
     exempt_sources,
-    fingerprint,
     item_text,
 )
+from optimum_calibprune.capabilities.harness import load
 from optimum_calibprune.publishing.card import render
 from optimum_calibprune.records import CalibrationSource, TaskOverlap
 from tests.publishing.run_record import example
@@ -69,12 +72,6 @@ def test_an_item_is_its_prompt_its_right_answer_and_its_tests() -> None:
     assert item_text({"prompt": "def f():", "tests": "assert f()"}) == "def f():\nassert f()"
 
 
-def test_fingerprints_tell_items_and_their_order_apart() -> None:
-    found = [fingerprint(texts) for texts in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""], ["a"])]
-    assert len(set(found)) == 5
-    assert fingerprint(iter(["a", "b"])) == found[0]
-
-
 def test_too_much_is_refused_with_what_to_do() -> None:
     found = [TaskOverlap("t", 200, 3, 0, {"c4": 3, "self": 90})]
     check_overlaps(found, ["self"], 0.015)
@@ -110,6 +107,33 @@ def test_known_overlaps_of_real_sets_are_found() -> None:
     }
     found = {entry.task: entry.sources for entry in count_overlaps(texts, items)}
     assert found == {"gsm8k": {"gsm8k": 3}, "humaneval": {"thealgorithms": 3}, "mbpp": {"thealgorithms": 3}}
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs the real data")
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("hellaswag", "hellaswag"),
+        ("winogrande", "winogrande"),
+        ("gsm8k", "gsm8k"),
+        ("mbpp", "mbpp"),
+        ("arc_easy", "arc"),
+        ("arc_challenge", "arc"),
+    ],
+)
+def test_every_item_that_a_reader_leaks_is_found_unless_it_is_short(name: str, reader: str) -> None:
+    task = load(replace(BENCHMARKS[name], data=DATA / "evaluation", limit=200))
+    items = list({request.doc_id: request.doc for request in task.requests()}.values())
+    if name == "hellaswag":
+        items = [item | {"ctx": item["ctx_a"]} for item in items]
+    leaks = [READERS[reader](item) for item in items]
+    long = [len(WORD.findall(text)) >= WORDS for text in leaks]
+    found = [
+        count_overlaps({"leak": [text]}, {name: [item]})[0] for text, item in zip(leaks, task.texts(), strict=True)
+    ]
+    assert [bool(entry.overlapping) for entry in found] == long
+    assert [entry.short for entry in found] == [int(not enough) for enough in long]
+    assert sum(long) > 150
 
 
 # ------------------------------------------------------------------------------------------- end to end

@@ -168,6 +168,16 @@ def test_ones_own_task_is_measured_by_its_first_metric(tmp_path: Path) -> None:
     assert len(found.item_scores) == 10
 
 
+def test_a_file_of_ones_own_may_be_named_like_a_benchmark(tmp_path: Path) -> None:
+    Path(mine(tmp_path).partition(":")[0]).rename(tmp_path / "piqa.yaml")
+    write(tmp_path / "piqa.jsonl", ROWS["piqa"])
+    found = load(replace(find(str(tmp_path / "piqa.yaml")), data=tmp_path))
+    assert [found.requests()[0].args[0], found.items()] == ["Question: 0 + 0?\nAnswer:", 10]
+    (tmp_path / "piqa.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"piqa\.yaml is not a task of lm-eval"):
+        load(find(str(tmp_path / "piqa.yaml")))
+
+
 def test_the_fingerprint_is_of_the_questions_and_of_how_a_task_of_ones_own_scores(tmp_path: Path) -> None:
     name = mine(tmp_path)
     first = load(find(name)).fingerprint()
@@ -177,6 +187,40 @@ def test_the_fingerprint_is_of_the_questions_and_of_how_a_task_of_ones_own_score
     write(tmp_path / "mine.jsonl", [*ITEMS[1:], ITEMS[0]])
     third = load(find(name)).fingerprint()
     assert len({first, second, third}) == 3
+
+
+def test_the_fingerprint_is_of_what_a_task_of_ones_own_includes_from_elsewhere(tmp_path: Path) -> None:
+    """How answers are scored, the requests being equal."""
+    (tmp_path / "tasks").mkdir()
+    data = write(tmp_path / "mine.jsonl", ITEMS)
+    (tmp_path / "tasks" / "mine.yaml").write_text("include: ../base.yaml\ntask: mine\n")
+
+    def found(metric: str, body: str) -> str:
+        (tmp_path / "scoring.py").write_text(f"def process(doc, results):\n    return {body}\n")
+        text = MINE.format(path=data, metric=metric) + "process_results: !function scoring.process\n"
+        (tmp_path / "base.yaml").write_text(text)
+        task = load(find(str(tmp_path / "tasks" / "mine.yaml")))
+        return task.fingerprint()
+
+    first = found("acc", "{'acc': 1.0}")
+    assert found("acc", "{'acc': 1.0}") == first
+    assert len({first, found("acc_norm", "{'acc': 1.0}"), found("acc", "{'acc': 0.0, 'other': 1.0}")}) == 3
+
+
+def test_scores_tell_other_prompts_and_labels_of_the_same_items_apart(tmp_path: Path) -> None:
+    """`compare` pairs by the fingerprint in the scores."""
+    model = AutoModelForCausalLM.from_pretrained(pocket.MODEL, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    write(tmp_path / "piqa.jsonl", [{**ROWS["piqa"][0], "goal": f"goal {i}"} for i in range(4)])
+    task = replace(BENCHMARKS["piqa"], data=tmp_path)
+    first, again, shots, metric = (
+        measure(model, tokenizer, [each]).tasks[0]
+        for each in (task, task, replace(task, shots=2), replace(task, metric="acc_norm"))
+    )
+    write(tmp_path / "piqa.jsonl", [{**ROWS["piqa"][0], "goal": f"goal {i}", "label": 0} for i in range(4)])
+    labels = measure(model, tokenizer, [task]).tasks[0]
+    assert first == again
+    assert len({score.fingerprint for score in (first, shots, metric, labels)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -213,6 +257,24 @@ def test_a_metric_that_is_not_one_of_each_item_is_refused(tmp_path: Path) -> Non
         ValueError, match=r"its metric 'f1' gives \(0, .* for an item; only metrics that give each item"
     ):
         task.scores([(-1.0, False)] * 20, AutoTokenizer.from_pretrained(pocket.MODEL))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('no\\nroom')", r"its scoring fails: RuntimeError\('no.*room'\)\.$"),
+        ("return {}", r"its scoring fails: ValueError\('it gives an item no metric'\)\.$"),
+        ("return {}['acc']", r"its scoring fails: KeyError\('acc'\)\.$"),
+    ],
+)
+def test_a_scoring_of_ones_own_that_fails_is_told_in_a_sentence(body: str, message: str, tmp_path: Path) -> None:
+    name = mine(tmp_path)
+    (tmp_path / "scoring.py").write_text(f"def process(doc, results):\n    {body}\n")
+    with (tmp_path / "mine.yaml").open("a") as file:
+        file.write("process_results: !function scoring.process\n")
+    model = AutoModelForCausalLM.from_pretrained(pocket.MODEL, dtype="float32").eval()
+    with pytest.raises(ValueError, match=rf"^Task 'mine' cannot be measured: {message}"):
+        measure(model, AutoTokenizer.from_pretrained(pocket.MODEL), [find(name)])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from optimum_calibprune.capabilities import sandbox, supervisor
-from optimum_calibprune.capabilities.sandbox import Isolation, SandboxUnavailable, Verdict, run_program, run_programs
+from optimum_calibprune.capabilities.sandbox import Isolation, SandboxUnavailable, Verdict, check_programs, run_program
 
 
 MEMORY = 512 * 2**20 + os.getpid()  # tells the processes of these tests from all others
@@ -82,6 +82,10 @@ def wait_until_gone(mark: str) -> bool:
     while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not processes_with(mark)
+
+
+def run_programs(programs: list[str], **limits: float) -> list[Verdict]:
+    return check_programs([(program, "") for program in programs], **limits)
 
 
 def test_this_machine_says_what_it_can_do() -> None:
@@ -508,7 +512,7 @@ def test_equal_programs_run_once_and_slow_ones_again(level: Isolation, monkeypat
     judge = sandbox._Supervisor.judge
 
     def spy(supervisor: sandbox._Supervisor, job: sandbox.Job) -> Verdict:
-        judged.append(job[1])
+        judged.append(job[0])
         return judge(supervisor, job)
 
     monkeypatch.setattr(sandbox._Supervisor, "judge", spy)

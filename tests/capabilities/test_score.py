@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_calibprune import pocket
+from optimum_calibprune.capabilities import sandbox
 from optimum_calibprune.capabilities import score as scoring
 from optimum_calibprune.capabilities.sandbox import Isolation
 from optimum_calibprune.capabilities.tasks import Task, pocket_tasks
@@ -110,11 +111,17 @@ def test_code_passes_with_the_canonical_answers_and_fails_with_wrong_ones(tokeni
 def test_code_is_not_run_and_not_measured_where_it_cannot_be_isolated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "isolation", lambda: Isolation(available=False, reason="no namespaces"))
     monkeypatch.setattr(scoring, "check_programs", lambda programs: pytest.fail("generated code was run"))
-    measured = scoring.measure(model, tokenizer, pocket_tasks(["code"]))
+    monkeypatch.setattr(sandbox, "_probe", lambda *, namespaces: Isolation(False, "not allowed"))
+    sandbox.isolation.cache_clear()
+    try:
+        measured = scoring.measure(model, tokenizer, pocket_tasks(["code"]))
+    finally:
+        sandbox.isolation.cache_clear()
     assert measured.tasks == ()
-    assert "no namespaces" in measured.not_measured["code"]
+    assert measured.not_measured["code"] == (
+        "generated code cannot be isolated here: no namespaces (not allowed) and no spare user (not allowed) (pocket_code)"
+    )
 
 
 def test_generation_ends_where_the_task_says(

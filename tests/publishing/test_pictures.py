@@ -25,7 +25,9 @@ def report(code: float) -> CapabilityReport:
         CapabilityRetention("code", 100, 0.0, 0.5, code / 2, code, (code - 0.1, code + 0.1), code),
         CapabilityRetention("math", 10, 0.0, 0.0, 0.0, None, None, None),
     )
-    return CapabilityReport(kept, (0.75 + code) / 2, (0.4, 0.7), "code", {"commonsense": "no data"})
+    return CapabilityReport(
+        kept, (0.75 + code) / 2, (0.4, 0.7), "code", {"hellaswag": "gone", "commonsense": "no data"}
+    )
 
 
 def scores(value: float) -> Scores:
@@ -72,6 +74,7 @@ def test_every_number_and_every_reason_stands_in_the_svg(tmp_path: Path) -> None
             texts[path.stem] = path.read_text()
     for text in ("a model at 60%", "50.0", "40.0 to 60.0", "undefined: dense is at chance", "not measured", "total"):
         assert text in texts["retention-light"] and text in texts["retention-dark"], text
+    assert "hellaswag" not in texts["retention-light"], "a missing task is no capability"
     for text in ("some_code", "mmlu", "80.0", "30.0"):
         assert text in texts["tasks-light"], text
 

@@ -82,6 +82,7 @@ def load(name: str, **options: Any) -> dict[str, Any] | str:
         "sum": float(sum(p.double().abs().sum() for p in pruner.model.parameters())),
         "is_pocket": pruner.is_pocket,
         "made_by": made_by.to_json() if made_by is not None else None,
+        "refused": list(pruner._measurement.refused),
     }
 
 
@@ -192,6 +193,16 @@ def test_a_pruned_repo_knows_what_it_is(hub: HubServer, client: Client, home: Pa
         assert offline(load, "me/pocket-50", capabilities="math") == found
     assert client(load, "big/base")["made_by"] is None
     assert not client(load, "big/base")["is_pocket"]
+
+
+def test_a_repo_that_calls_itself_pruned_from_the_pocket_runs_no_code(
+    hub: HubServer, client: Client, pruned: dict[str, bytes]
+) -> None:
+    hub.add_repo("stranger/pocket", pruned)
+    found = client(load, "stranger/pocket", capabilities="auto")
+    assert (found["is_pocket"], found["refused"]) == (True, ["pocket_code"])
+    assert "runs only with allow_code_execution" in client(load, "stranger/pocket", capabilities="code")
+    assert client(load, "stranger/pocket", capabilities="auto", allow_code_execution=True)["refused"] == []
 
 
 @pytest.mark.parametrize(
