@@ -18,7 +18,7 @@ from markdown_it.token import Token
 
 from optimum_calibprune import pocket
 from optimum_calibprune.publishing.card import PICTURES, render, retention_table, starved_experts
-from optimum_calibprune.publishing.markup import is_repo_id, link, one_line
+from optimum_calibprune.publishing.markup import code, is_repo_id, link, one_line
 from optimum_calibprune.publishing.readme import has_own_text, updated
 from optimum_calibprune.records import (
     CalibrationSource,
@@ -155,7 +155,7 @@ def inline(text: str) -> Iterator[Token]:
 
 
 EVIL = (
-    "<script>alert(1)</script>\n\n# Owned\n\n[a](https://evil.example) ![b](https://evil.example/b.png) | c | `d` **e** $f$\n"
+    "<script>alert(1)</script> \\| <b> \\\\| <i>\n\n# Owned\n\n[a](https://evil.example) ![b](https://evil.example/b.png) | c | `d` **e** $f$\n"
     "```\n<img src=x onerror=alert(1)>\n\n---\nlicense: owned\n---\n@someone \u202e <!-- {{ run }} {% raw %} ../../etc/passwd \x1b[31m"
 )
 
@@ -208,8 +208,17 @@ def test_nothing_that_others_choose_becomes_markup(run: RunRecord) -> None:
     strong = [found[i + 1].content for i, token in enumerate(found) if token.type == "strong_open"]
     assert strong == ["code", "total", "47.5 %"]
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    structure = re.compile(r"(?<!\\)(?:\\\\)*\|")  # to some renderers a bar after two backslashes ends a cell
+    cells = {len(structure.findall(row)) for row in rows}
     assert cells == {len(re.findall(r"\|", row)) for row in render(run).splitlines() if row.startswith("| ")}
+
+
+@pytest.mark.parametrize("name", ["a|b", r"a\|<b>", r"a\\|<b>", r"\\\|<b>|", r"a\b"])
+def test_every_bar_in_code_follows_one_backslash(name: str) -> None:
+    text = code(name)
+    assert all(len(run) == 1 for run in re.findall(r"(\\*)\|", text)), text
+    assert text.count("|") == name.count("|")
+    assert text.strip("`").replace("\\|", "|").replace(" ", "") == name, "and nothing is lost"
 
 
 def test_hostile_names_stay_values_in_the_metadata_and_strings_in_the_code(run: RunRecord) -> None:
