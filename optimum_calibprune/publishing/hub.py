@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from .card import render, title
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "calibprune.json"
 CALIBRATION_NAME = "calibration.safetensors"
@@ -78,15 +81,23 @@ def save_run(
                 raise
             raise OSError(f"{folder} could not be written: {error}") from error
         (new / RECORD_NAME).write_text(run.to_json(), encoding="utf-8")
-        drawn = []
-        if run.capabilities is not None and plots.available():
-            drawn = pictures.draw(new / FIGURES_FOLDER, title(run), run.capabilities, scores)
-        names = [path.relative_to(new).as_posix() for path in drawn]
-        (new / "README.md").write_text(render(run, repo_id, names), encoding="utf-8")
+        _draw(new, run, scores)
+        (new / "README.md").write_text(render(run, repo_id, pictures_in(new)), encoding="utf-8")
         for name, measured in scores.items():
             (new / SCORES_FOLDER).mkdir(exist_ok=True)
             (new / SCORES_FOLDER / f"{name}.json").write_text(measured.to_json(), encoding="utf-8")
     return Path(folder)
+
+
+def _draw(folder: Path, run: RunRecord, scores: dict[str, Scores]) -> None:
+    """The pictures of a run; one that cannot be drawn is said, and costs no run."""
+    if run.capabilities is None or not plots.available():
+        return
+    try:
+        pictures.draw(folder / FIGURES_FOLDER, title(run), run.capabilities, scores)
+    except Exception as error:
+        logger.warning("The figures could not be drawn and are left out: %s: %s", type(error).__name__, error)
+        shutil.rmtree(folder / FIGURES_FOLDER, ignore_errors=True)
 
 
 def save_calibration(folder: Path, calibration: CalibrationSet, mix: Mix) -> None:
