@@ -76,6 +76,7 @@ def render(run: RunRecord, repo_id: str | None = None, pictures: Sequence[str] =
         "command": fenced(run.command, "bash"),
         "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
         "note": prose(run.mix.note),
+        "fingerprint": code(run.fingerprint[:16]),
         "upper_bound": ", ".join(map(code, filter(None, upper_bound(run).split(", ")))),
         "zeros": f"{run.prune.zeros:,}",
         "weights": f"{run.prune.weights:,}",
@@ -213,8 +214,8 @@ def _loss(run: RunRecord) -> str:
         return ""
     worst = next(c for c in report.capabilities if c.capability == report.worst)
     return (
-        f"It keeps {_percent(report.total)} of its capabilities on average over {', '.join(report.measured)}; the most is "
-        f"lost in {worst.capability}, of which it keeps {_percent(worst.retention)}."
+        f"It keeps {_percent(report.total)} of its capabilities on average over {prose(', '.join(report.measured))}; the most "
+        f"is lost in {prose(worst.capability)}, of which it keeps {_percent(worst.retention)}."
     )
 
 
@@ -222,7 +223,9 @@ def _capability_rows(run: RunRecord) -> list[dict[str, str]]:
     report = run.capabilities
     return [
         {
-            "name": f"**{row.capability}** (worst)" if report and row.capability == report.worst else row.capability,
+            "name": f"**{prose(row.capability)}** (worst)"
+            if report and row.capability == report.worst
+            else prose(row.capability),
             "count": str(row.items),
             "dense": _percent(row.dense),
             "sparse": _percent(row.sparse),
@@ -272,7 +275,7 @@ def _total(run: RunRecord) -> dict[str, str] | None:
     if report is None or report.total is None:
         return None
     return {
-        "over": ", ".join(report.measured),
+        "over": prose(", ".join(report.measured)),
         "retention": _percent(report.total),
         "interval": _range(report.total_interval),
     }

@@ -166,7 +166,10 @@ def hostile(run: RunRecord, text: str) -> RunRecord:
     local = replace(source, name="local", repo=None, path=text)
     layers = [replace(layer, module=text, why=text, rescue=text) for layer in run.prune.layers]
     untouched = (Untouched(text, (1, 1), text),)
-    measured = replace(run.capabilities, not_measured={text: text})
+    retained = tuple(replace(entry, capability=f"{entry.capability} {text}") for entry in run.capabilities.capabilities)
+    measured = replace(
+        run.capabilities, capabilities=retained, worst=retained[1].capability, not_measured={text: text}
+    )
     profiles = (
         replace(run.profiles[0], name=source.name),
         replace(run.profiles[1], name="local"),
@@ -179,8 +182,9 @@ def hostile(run: RunRecord, text: str) -> RunRecord:
         profiles=profiles,
         mix=replace(run.mix, shares={source.name: 0.5, "local": 0.5}, note=text),
         prune=replace(run.prune, layers=tuple(layers), untouched=untouched),
+        fingerprint=text,
         capabilities=measured,
-        tasks=tuple(replace(task, task=text, metric=text) for task in run.tasks),
+        tasks=tuple(replace(task, task=text, capability=text, metric=text) for task in run.tasks),
         perplexity=replace(run.perplexity, text=text, reason=text),
         versions={text: text},
         hardware={text: text},
@@ -206,7 +210,7 @@ def test_nothing_that_others_choose_becomes_markup(run: RunRecord) -> None:
     assert "Owned" not in headings
     assert not re.search("[\u202e\x1b]", text)
     strong = [found[i + 1].content for i, token in enumerate(found) if token.type == "strong_open"]
-    assert strong == ["code", "total", "47.5 %"]
+    assert [text.split()[0] for text in strong] == ["code", "total", "47.5"]
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     structure = re.compile(r"(?<!\\)(?:\\\\)*\|")  # to some renderers a bar after two backslashes ends a cell
     cells = {len(structure.findall(row)) for row in rows}

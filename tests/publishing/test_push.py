@@ -166,7 +166,9 @@ def test_a_card_is_drawn_again_in_a_folder_and_in_a_repo(
     assert "holds no calibprune.json" in client(pushing.redraw, str(tmp_path / "empty")).error
     assert "was not drawn again: the Hub does not know it" in client(pushing.redraw, "me/none").error
     record = folder / "calibprune.json"
-    for text in ("[]", "{", record.read_text().replace('"sparsegpt"', '"other"')):
+    good = record.read_text()
+    for text in ("[]", "{", good.replace('"sparsegpt"', '"other"'), good.replace('"short": 12', '"short": "<b>"')):
+        assert text != good
         record.write_text(text)
         assert client(pushing.redraw, str(folder)).error.startswith("ValueError: ")
         assert readme.read_text() == drawn + "\nMine.\n"
