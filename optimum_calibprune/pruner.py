@@ -115,6 +115,7 @@ class CalibPruner:
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
+        self._allow_pickle = False
         self._journal: Journal | None = None
         self._ranks = Ranks.current()
         self._measurement = choose_tasks(self.config)
@@ -182,7 +183,7 @@ class CalibPruner:
         config: dict[str, Any],
     ) -> Self:
         asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)
-        fetch_record(model, asked.revision, options["token"], options["local_files_only"])
+        fetch_record(model, asked.revision, options["token"], options["cache_dir"], options["local_files_only"])
         choose_tasks(asked)
         choose_sources(asked, sources, options["token"])
         choose_perplexity_text(asked, perplexity_text)
@@ -195,7 +196,9 @@ class CalibPruner:
             check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
         given = {"sources": sources, "perplexity_text": perplexity_text, "token": options["token"]}
-        return cls(home, tokenizer, asked, base=base, **given)
+        pruner = cls(home, tokenizer, asked, base=base, **given)
+        pruner._allow_pickle = options["allow_pickle"]
+        return pruner
 
     @property
     def speaks(self) -> bool:
@@ -238,9 +241,11 @@ class CalibPruner:
             cancelled: asked between modules; True raises `schedule.Cancelled` and leaves the model half pruned.
 
         Raises:
-            `ValueError`, `FileExistsError`, `FileNotFoundError` where `work_dir` is missing, or does not fit; `OSError`
-            where its disk is full: what was finished before is kept there. `ValueError` where the calibration set has more
-            in common with the evaluated items than `config.max_overlap` allows.
+            ValueError: where `work_dir` is missing or does not fit, or the calibration set has more in common with the
+                evaluated items than `config.max_overlap` allows.
+            FileExistsError: where `work_dir` is not empty.
+            FileNotFoundError: where there is no run in `work_dir` to resume.
+            OSError: where its disk is full: what was finished before is kept there.
         """
         with self._ranks.one_voice():
             return self._run(work_dir, resume, dense_scores, on_progress, cancelled)
@@ -283,7 +288,9 @@ class CalibPruner:
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=reproduce.command(self.config, self.base, sources, self._perplexity_source),
+            command=reproduce.command(
+                self.config, self.base, sources, self._perplexity_source, allow_pickle=self._allow_pickle
+            ),
             config=reproduce.public_config(self.config, self.base, sources),
             base=self.base,
             plan=plan,
@@ -564,15 +571,18 @@ class CalibPruner:
         run, calibration = self._finished()
         if push_calibration:
             check_licences(run)
-        options = {"private": private, "token": token or self.token, "revision": revision, "create_pr": create_pr}
+        options = {"private": private, "revision": revision, "create_pr": create_pr}
+        token = token or self.token
 
         def upload() -> CommitInfo:
             beside = self._journal.folder.parent if self._journal is not None else None  # where the shards are linked
             folder = Path(tempfile.mkdtemp(prefix="calibprune-", dir=beside)) / "run"
             hub.save_run(folder, self._write_model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
-            commit = push.push_folder(folder, repo_id, commit_message=commit_message, **options)
+            finish = push.finishing(folder, repo_id, message=commit_message, calibration=push_calibration, **options)
+            given = options | {"token": token, "finish": finish}
+            commit = push.push_folder(folder, repo_id, commit_message=commit_message, **given)
             if push_calibration:
-                push.push_calibration(folder, f"{commit.repo_url.repo_id}-calibration", **options)
+                push.push_calibration(folder, f"{commit.repo_url.repo_id}-calibration", **given)
             shutil.rmtree(folder.parent, ignore_errors=True)
             return commit
 

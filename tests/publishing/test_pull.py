@@ -194,6 +194,17 @@ def test_a_pruned_repo_knows_what_it_is(hub: HubServer, client: Client, home: Pa
     assert not client(load, "big/base")["is_pocket"]
 
 
+def test_a_record_is_kept_and_found_in_the_cache_that_was_named(
+    hub: HubServer, client: Client, home: Path, pruned: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add_repo("me/elsewhere", pruned)
+    found = client(load, "me/elsewhere", capabilities="math", cache_dir=tmp_path / "cache")
+    assert RunRecord.from_json(found["made_by"]) == RunRecord.from_json(pruned["calibprune.json"].decode())
+    assert found["is_pocket"]
+    assert list((tmp_path / "cache" / "models--me--elsewhere").rglob("calibprune.json"))
+    assert not (home / "hub" / "models--me--elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     "record", [b"[]", b"{", b'{"schema_version": 1, "base": []}', b'{"schema_version": 99}', b"\xff"]
 )

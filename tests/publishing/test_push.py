@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from itertools import count
 from pathlib import Path
 
@@ -266,6 +268,18 @@ def test_the_hub_says_how_long_to_wait(
     assert done.error == ""
     assert endpoint == "card head" or 60 <= sum(done.pauses) <= 62
     check_repeat_finishes(hub, client, folder, begun)
+
+
+def test_the_hub_says_until_when_to_wait(hub: HubServer, client: Client, folder: Path, begun: str) -> None:
+    for seconds, least in ((60, 55), (-60, 1)):
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+        hub.fail_next(*ENDPOINTS["commit"], 503, headers={"Retry-After": date})
+        done = push_and_check(hub, client, folder, begun)
+        assert done.error == ""
+        assert least <= sum(done.pauses) <= max(seconds, least)
+        (folder / "config.json").write_text('{"a": 1}')  # so that there is something to commit again
+    hub.fail_next(*ENDPOINTS["create"], 503, headers={"Retry-After": "soon"})
+    assert client(pushing.push, folder, begun).pauses == [WAITS[0]]
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
