@@ -22,6 +22,7 @@ from .calibration.choose import Choice, choose
 from .calibration.sources import fingerprint
 from .capabilities import contamination
 from .capabilities import perplexity as perplexities
+from .capabilities.harness import Loaded
 from .capabilities.retention import capability_report
 from .capabilities.score import Prepared, measure, prepare
 from .choices import (
@@ -60,6 +61,7 @@ from .records import (
     Scores,
     TaskOverlap,
     TaskRetention,
+    TaskScore,
 )
 
 
@@ -308,7 +310,7 @@ class CalibPruner:
             seconds=seconds,
             peak_memory=machine.peak_memory(),
             overlaps=overlaps,
-            tasks=TaskRetention.of(dense, sparse),
+            tasks=_task_retentions(dense, sparse, self._repos()),
         )
         return self.record
 
@@ -360,6 +362,11 @@ class CalibPruner:
 
     def _item_texts(self) -> dict[str, list[str]]:
         return {task.name: task.texts() for task in self._tasks().tasks}
+
+    def _repos(self) -> dict[str, str]:
+        """The data set on the Hub of each benchmark whose items are from there."""
+        benchmarks = [task.benchmark for task in self._tasks().tasks if isinstance(task, Loaded)]
+        return {benchmark.name: benchmark.repo for benchmark in benchmarks if benchmark.data is None}
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
@@ -609,6 +616,32 @@ def _report(dense: Scores, sparse: Scores) -> CapabilityReport:
     dense = replace(dense, tasks=tuple(task for task in dense.tasks if task.task in of_both))
     report = capability_report(dense, sparse)
     return replace(report, not_measured=report.not_measured | dense.missing_tasks | sparse.missing_tasks)
+
+
+def _task_retentions(dense: Scores, sparse: Scores, repos: Mapping[str, str]) -> tuple[TaskRetention, ...]:
+    """Every task that both models were measured on, in the order of `dense`."""
+    after = {task.task: task for task in sparse.tasks}
+    return tuple(
+        _task_retention(task, after[task.task], repos.get(task.task, "")) for task in dense.tasks if task.task in after
+    )
+
+
+def _task_retention(dense: TaskScore, sparse: TaskScore, repo: str) -> TaskRetention:
+    (alone,) = capability_report(Scores((dense,)), Scores((sparse,))).capabilities
+    return TaskRetention(
+        task=dense.task,
+        capability=dense.capability,
+        metric=dense.metric,
+        items=len(dense.item_scores),
+        dense=dense.value,
+        sparse=sparse.value,
+        shots=dense.shots,
+        data=dense.data,
+        chance=dense.chance,
+        repo=repo,
+        retention=alone.retention,
+        interval=alone.interval,
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord, TaskOverlap
+from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord, TaskOverlap, TaskRetention
 from .markup import code, fenced, is_repo_id, link, literal, one_line, prose
 from .readme import BEGIN, END
 
@@ -185,24 +185,38 @@ def _metadata(run: RunRecord) -> ModelCardData:
 
 
 def _eval_results(run: RunRecord) -> list[EvalResult]:
-    """One result a task of the pruned model, else one a capability; the base model's own results never."""
+    """One result a task of the pruned model, else one a capability; the base model's own results never. Tasks of one data
+    set stand below it together, so that each result says itself what it is."""
     if run.tasks:
         return [
-            _eval_result(f"calibprune/{task.task}", f"{task.task} ({task.items} items)", task.metric, task.sparse)
+            _eval_result(
+                task.repo if is_repo_id(task.repo) else f"calibprune/{task.task}",
+                task.repo or task.task,
+                f"{task.task} ({task.items} items{f', {task.shots} shots' if task.data else ''})",
+                task.metric,
+                task.sparse,
+            )
             for task in run.tasks
         ]
     rows = run.capabilities.capabilities if run.capabilities else ()
     return [
-        _eval_result(f"calibprune/{row.capability}", f"{row.capability} ({row.items} items)", "accuracy", row.sparse)
+        _eval_result(
+            f"calibprune/{row.capability}",
+            row.capability,
+            f"{row.capability} ({row.items} items)",
+            "accuracy",
+            row.sparse,
+        )
         for row in rows
     ]
 
 
-def _eval_result(dataset: str, name: str, metric: str, value: float) -> EvalResult:
+def _eval_result(dataset: str, dataset_name: str, name: str, metric: str, value: float) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type=one_line(dataset),
-        dataset_name=one_line(name),
+        dataset_name=one_line(dataset_name),
+        metric_name=one_line(name),
         metric_type=one_line(metric),
         metric_value=round(value, 4),
     )
@@ -243,12 +257,22 @@ def _task_rows(run: RunRecord) -> list[dict[str, str]]:
             "name": code(task.task),
             "capability": prose(task.capability),
             "metric": prose(task.metric),
+            "shots": str(task.shots) if task.data else "",
             "count": str(task.items),
             "dense": _percent(task.dense),
             "sparse": _percent(task.sparse),
+            "retention": _percent(task.retention) or ("at chance" if task.data else ""),
+            "interval": _range(task.interval),
+            "data": _task_data(task),
         }
         for task in run.tasks
     ]
+
+
+def _task_data(task: TaskRetention) -> str:
+    """Where the items are from: the data set as a link, with the split; else the file."""
+    linked = is_repo_id(task.repo) and task.data.startswith(task.repo)
+    return link(task.repo, "datasets/") + prose(task.data.removeprefix(task.repo)) if linked else prose(task.data)
 
 
 def _not_measured(run: RunRecord) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -78,16 +79,32 @@ def test_the_metadata_is_valid_and_claims_nothing_of_the_base(run: RunRecord) ->
     assert data.license == "mit"
     assert data.datasets == ["allenai/c4"]
     assert {"calibprune", "sparse"} <= set(data.tags)
-    assert {r.dataset_name: (r.metric_type, r.metric_value) for r in data.eval_results} == {
-        "easy_facts (300 items)": ("accuracy", 0.7),
-        "hard_facts (100 items)": ("accuracy", 0.3),
-        "functions (2 items)": ("pass@1", 0.1),
+    assert {r.metric_name: (r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results} == {
+        "easy_facts (300 items, 5 shots)": ("some/facts", "accuracy", 0.7),
+        "hard_facts (100 items, 0 shots)": ("some/facts", "acc", 0.3),
+        "functions (2 items, 3 shots)": ("calibprune/functions", "pass@1", 0.1),
     }
     older = ModelCard(render(replace(run, tasks=()))).data  # a record of the first release names no tasks
-    assert {r.dataset_name: r.metric_value for r in older.eval_results} == {
+    assert {r.metric_name: r.metric_value for r in older.eval_results} == {
         "general (400 items)": 0.6,
         "code (2 items)": 0.1,
     }
+
+
+def test_a_task_says_how_it_was_measured_and_of_an_older_run_only_what_is_known(run: RunRecord) -> None:
+    older = json.loads(run.to_json())
+    for task in older["tasks"]:
+        for name in ("shots", "data", "chance", "repo", "retention", "interval"):
+            del task[name]
+    text = render(RunRecord.from_json(json.dumps(older)))
+    assert "| `easy_facts` | general | accuracy |  | 300 | 90.0 % | 70.0 % |  |  |  |" in text
+    assert "name: easy_facts (300 items)\n" in text
+    assert "some/facts" not in text
+    text = render(run)
+    linked = "[some/facts](https://huggingface.co/datasets/some/facts), test |"
+    assert f"| `easy_facts` | general | accuracy | 5 | 300 | 90.0 % | 70.0 % | 77.8 % | 72.0 to 83.0 % | {linked}" in text
+    assert f"| `hard_facts` | general | acc | 0 | 100 | 30.0 % | 30.0 % | at chance |  | {linked}" in text
+    assert "| 20.0 % | 0.0 to 50.0 % | functions.jsonl |" in text
 
 
 def test_a_section_without_data_does_not_appear(run: RunRecord) -> None:
@@ -140,6 +157,7 @@ def test_links_lead_to_repos_at_their_commits(run: RunRecord) -> None:
     links = [token.attrs["href"] for token in inline(render(run, pictures=PICTURES)) if token.type == "link_open"]
     assert links == [
         "https://huggingface.co/someone/tiny",
+        *["https://huggingface.co/datasets/some/facts"] * 2,
         "https://huggingface.co/datasets/allenai/c4/tree/fedcba9876543210",
     ]
     images = [token.attrs["src"] for token in inline(render(run, pictures=PICTURES)) if token.type == "image"]
@@ -184,7 +202,9 @@ def hostile(run: RunRecord, text: str) -> RunRecord:
         prune=replace(run.prune, layers=tuple(layers), untouched=untouched),
         fingerprint=text,
         capabilities=measured,
-        tasks=tuple(replace(task, task=text, capability=text, metric=text) for task in run.tasks),
+        tasks=tuple(
+            replace(task, task=text, capability=text, metric=text, data=text, repo=text) for task in run.tasks
+        ),
         perplexity=replace(run.perplexity, text=text, reason=text),
         versions={text: text},
         hardware={text: text},
