@@ -16,6 +16,7 @@ from .readme import BEGIN, END
 
 _HERE = Path(__file__).parent
 PICTURES = ("figures/retention-light.png", "figures/tasks-light.png")  # those of a saved run that a card shows
+NO_BREAK = "\u00a0"
 MOST_NAMES = 10  # of a list in running text
 PACKAGE = "optimum-calibprune"
 METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
@@ -241,11 +242,11 @@ def _capability_rows(run: RunRecord) -> list[dict[str, str]]:
             if report and row.capability == report.worst
             else prose(row.capability),
             "count": str(row.items),
-            "dense": _percent(row.dense),
-            "sparse": _percent(row.sparse),
-            "retention": _percent(row.retention) if row.retention is not None else "undefined: dense is at chance",
-            "interval": _range(row.interval),
-            "above": _percent(row.above_chance),
+            "dense": _unbroken(_percent(row.dense)),
+            "sparse": _unbroken(_percent(row.sparse)),
+            "retention": _unbroken(_percent(row.retention)) or "undefined: dense is at chance",
+            "interval": _unbroken(_range(row.interval)),
+            "above": _unbroken(_percent(row.above_chance)),
         }
         for row in (report.capabilities if report else ())
     ]
@@ -259,14 +260,21 @@ def _task_rows(run: RunRecord) -> list[dict[str, str]]:
             "metric": prose(task.metric),
             "shots": str(task.shots) if task.data else "",
             "count": str(task.items),
-            "dense": _percent(task.dense),
-            "sparse": _percent(task.sparse),
-            "retention": _percent(task.retention) or ("at chance" if task.data else ""),
-            "interval": _range(task.interval),
+            "dense": _number(task.dense),
+            "sparse": _number(task.sparse),
+            "retention": _task_retention(task),
             "data": _task_data(task),
         }
         for task in run.tasks
     ]
+
+
+def _task_retention(task: TaskRetention) -> str:
+    """In per cent with its interval; empty in records that do not hold it."""
+    if task.retention is None:
+        return "at chance" if task.data else ""
+    ends = f" ({_number(task.interval[0])} to {_number(task.interval[1])})" if task.interval is not None else ""
+    return _number(task.retention) + ends
 
 
 def _task_data(task: TaskRetention) -> str:
@@ -300,8 +308,8 @@ def _total(run: RunRecord) -> dict[str, str] | None:
         return None
     return {
         "over": prose(", ".join(report.measured)),
-        "retention": _percent(report.total),
-        "interval": _range(report.total_interval),
+        "retention": _unbroken(_percent(report.total)),
+        "interval": _unbroken(_range(report.total_interval)),
     }
 
 
@@ -310,11 +318,11 @@ def _source_row(run: RunRecord, source: CalibrationSource) -> dict[str, str]:
     return {
         "name": code(source.name),
         "capability": source.capability,
-        "share": _percent(run.mix.shares[source.name]),
+        "share": _unbroken(_percent(run.mix.shares[source.name])),
         "data": _data(source),
         "licence": prose(source.licence or _unstated_licence(source)),
         "perplexity": f"{profile.perplexity:.1f}",
-        "duplicates": _percent(profile.duplicate_rate),
+        "duplicates": _unbroken(_percent(profile.duplicate_rate)),
     }
 
 
@@ -353,6 +361,16 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def _number(share: float) -> str:
+    """In per cent, for a column that says so in its heading."""
+    return f"{100 * share:.1f}"
+
+
+def _unbroken(text: str) -> str:
+    """As it stands in a narrow cell, without a line break inside."""
+    return text.replace(" ", NO_BREAK)
+
+
 def _range(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
 
@@ -368,7 +386,7 @@ def retention_table(run: RunRecord) -> list[list[str]]:
     text = run.perplexity
     if text is not None and text.dense is not None and text.sparse is not None:
         rows.append([f"perplexity, {text.text}", f"{text.dense:.2f}", f"{text.sparse:.2f}", "", ""])
-    return rows
+    return [[cell.replace(NO_BREAK, " ") for cell in row] for row in rows]
 
 
 def not_measured(run: RunRecord) -> list[str]:

@@ -63,6 +63,14 @@ def test_sparsity_by_module_is_named_by_its_share_and_listed(run: RunRecord) -> 
     assert "- `model.layers.0.mlp.gate_proj.weight`: left dense, as asked by '\\*.gate_proj'\n" in folded
 
 
+def test_numbers_in_narrow_cells_stay_on_one_line(run: RunRecord) -> None:
+    rows = [line for line in render(run).splitlines() if line.startswith(("| general ", "| **total** ", "| `c4` "))]
+    assert len(rows) == 3
+    assert not [row for row in rows if re.search(r"\d %|\d to \d", row)]
+    assert all("\u00a0%" in row for row in rows)
+    assert "\u00a0" not in str(retention_table(run)), "a terminal has room"
+
+
 def test_owl_is_named_with_what_it_asked_of_the_modules(run: RunRecord) -> None:
     up, down = run.prune.layers
     prune = replace(run.prune, layers=(replace(up, zeros_asked=64), replace(down, zeros_asked=90)))
@@ -97,14 +105,14 @@ def test_a_task_says_how_it_was_measured_and_of_an_older_run_only_what_is_known(
         for name in ("shots", "data", "chance", "repo", "retention", "interval"):
             del task[name]
     text = render(RunRecord.from_json(json.dumps(older)))
-    assert "| `easy_facts` | general | accuracy |  | 300 | 90.0 % | 70.0 % |  |  |  |" in text
+    assert "| `easy_facts` | general | accuracy |  | 300 | 90.0 | 70.0 |  |  |" in text
     assert "name: easy_facts (300 items)\n" in text
     assert "some/facts" not in text
     text = render(run)
     linked = "[some/facts](https://huggingface.co/datasets/some/facts), test |"
-    assert f"| `easy_facts` | general | accuracy | 5 | 300 | 90.0 % | 70.0 % | 77.8 % | 72.0 to 83.0 % | {linked}" in text
-    assert f"| `hard_facts` | general | acc | 0 | 100 | 30.0 % | 30.0 % | at chance |  | {linked}" in text
-    assert "| 20.0 % | 0.0 to 50.0 % | functions.jsonl |" in text
+    assert f"| `easy_facts` | general | accuracy | 5 | 300 | 90.0 | 70.0 | 77.8 (72.0 to 83.0) | {linked}" in text
+    assert f"| `hard_facts` | general | acc | 0 | 100 | 30.0 | 30.0 | at chance | {linked}" in text
+    assert "| 20.0 (0.0 to 50.0) | functions.jsonl |" in text
 
 
 def test_a_section_without_data_does_not_appear(run: RunRecord) -> None:

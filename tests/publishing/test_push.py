@@ -133,7 +133,7 @@ def test_what_users_wrote_in_the_card_stays(hub: HubServer, client: Client, fold
     edited = card.replace("- sparsegpt\n", "- sparsegpt\n- mine\nthumbnail: a.png\n").replace(
         BEGIN, f"Mine, above.\n\n{BEGIN}"
     )
-    hub.add_repo(repo_id, {"README.md": edited.replace("75.0 %", "99.9 %").encode() + b"\nMine, below.\n"})
+    hub.add_repo(repo_id, {"README.md": edited.replace("75.0\u00a0%", "99.9\u00a0%").encode() + b"\nMine, below.\n"})
     assert client(pushing.push, folder, repo_id).error == ""
     now = hub.files(repo_id)["README.md"].decode()
     front, _, body = now.partition("\n---\n")
@@ -141,8 +141,8 @@ def test_what_users_wrote_in_the_card_stays(hub: HubServer, client: Client, fold
     assert "thumbnail: a.png" in front
     assert body.startswith(f"\nMine, above.\n\n{BEGIN}")
     assert now.endswith(f"{END}\n\nMine, below.\n")
-    assert "99.9 %" not in now, "what was drawn is drawn again"
-    assert "75.0 %" in now
+    assert "99.9\u00a0%" not in now, "what was drawn is drawn again"
+    assert "75.0\u00a0%" in now
     assert client(pushing.push, folder, repo_id).error == ""
     assert len(hub.commits(repo_id)) == 2, "once more changes nothing"
 
@@ -152,13 +152,13 @@ def test_a_card_is_drawn_again_in_a_folder_and_in_a_repo(
 ) -> None:
     readme = folder / "README.md"
     drawn = readme.read_text()
-    readme.write_text(drawn.replace("75.0 %", "99.9 %") + "\nMine.\n")
+    readme.write_text(drawn.replace("75.0\u00a0%", "99.9\u00a0%") + "\nMine.\n")
     assert client(pushing.redraw, str(folder)).value == f"Drew {readme}."
     assert readme.read_text() == drawn + "\nMine.\n"
     assert client(pushing.push, folder, repo_id).error == ""
     assert client(pushing.redraw, repo_id).value == f"The card of {repo_id} is up to date."
     files = hub.files(repo_id)
-    hub.add_repo(repo_id, files | {"README.md": files["README.md"].replace(b"75.0 %", b"99.9 %")})
+    hub.add_repo(repo_id, files | {"README.md": files["README.md"].replace(b"75.0", b"99.9")})
     assert "/discussions/1" in client(pushing.redraw, repo_id, create_pr=True).value
     assert hub.files(repo_id, "refs/pr/1") == files
     assert "/commit/" in client(pushing.redraw, repo_id).value
