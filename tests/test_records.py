@@ -262,7 +262,9 @@ def test_a_source_names_a_known_capability_and_one_place() -> None:
         (("config", "allow_code_execution"), 1, "CalibPruneConfig.allow_code_execution must be of type bool"),
     ],
 )
-def test_a_record_with_a_value_of_another_type_is_refused(path: tuple[str | int, ...], value: object, said: str) -> None:
+def test_a_record_with_a_value_of_another_type_is_refused(
+    path: tuple[str | int, ...], value: object, said: str
+) -> None:
     data = json.loads(example().to_json())
     place = data
     for key in path[:-1]:

@@ -259,11 +259,10 @@ def _task_rows(run: RunRecord) -> list[dict[str, str]]:
             "capability": prose(task.capability),
             "metric": prose(task.metric),
             "shots": str(task.shots) if task.data else "",
-            "count": str(task.items),
             "dense": _number(task.dense),
             "sparse": _number(task.sparse),
             "retention": _task_retention(task),
-            "data": _task_data(task),
+            "data": f"{task.items} of {_task_data(task)}" if task.data else str(task.items),
         }
         for task in run.tasks
     ]

@@ -137,7 +137,7 @@ def pairs(
     path: Path, title: str, axis: str, rows: Sequence[Pair], note: str = "", theme: Theme = THEMES["light"]
 ) -> Path:
     """Shares before (hollow) and after (filled), a line between them, and a tick at the score of guessing."""
-    axes, figure = _rows(title, axis, [row.label for row in rows], note, theme, room=1.0)
+    axes, figure = _rows(title, axis, [row.label for row in rows], note, theme, room=1.15)
     axes.set_xlim(-2, 102)
     for i, row in enumerate(rows):
         colour = theme.capabilities.get(row.capability, theme.faint)

@@ -105,14 +105,14 @@ def test_a_task_says_how_it_was_measured_and_of_an_older_run_only_what_is_known(
         for name in ("shots", "data", "chance", "repo", "retention", "interval"):
             del task[name]
     text = render(RunRecord.from_json(json.dumps(older)))
-    assert "| `easy_facts` | general | accuracy |  | 300 | 90.0 | 70.0 |  |  |" in text
+    assert "| `easy_facts` | general | accuracy |  | 90.0 | 70.0 |  | 300 |" in text
     assert "name: easy_facts (300 items)\n" in text
     assert "some/facts" not in text
     text = render(run)
     linked = "[some/facts](https://huggingface.co/datasets/some/facts), test |"
-    assert f"| `easy_facts` | general | accuracy | 5 | 300 | 90.0 | 70.0 | 77.8 (72.0 to 83.0) | {linked}" in text
-    assert f"| `hard_facts` | general | acc | 0 | 100 | 30.0 | 30.0 | at chance | {linked}" in text
-    assert "| 20.0 (0.0 to 50.0) | functions.jsonl |" in text
+    assert f"| `easy_facts` | general | accuracy | 5 | 90.0 | 70.0 | 77.8 (72.0 to 83.0) | 300 of {linked}" in text
+    assert f"| `hard_facts` | general | acc | 0 | 30.0 | 30.0 | at chance | 100 of {linked}" in text
+    assert "| 20.0 (0.0 to 50.0) | 2 of functions.jsonl |" in text
 
 
 def test_a_section_without_data_does_not_appear(run: RunRecord) -> None:
@@ -192,7 +192,9 @@ def hostile(run: RunRecord, text: str) -> RunRecord:
     local = replace(source, name="local", repo=None, path=text)
     layers = [replace(layer, module=text, why=text, rescue=text) for layer in run.prune.layers]
     untouched = (Untouched(text, (1, 1), text),)
-    retained = tuple(replace(entry, capability=f"{entry.capability} {text}") for entry in run.capabilities.capabilities)
+    retained = tuple(
+        replace(entry, capability=f"{entry.capability} {text}") for entry in run.capabilities.capabilities
+    )
     measured = replace(
         run.capabilities, capabilities=retained, worst=retained[1].capability, not_measured={text: text}
     )
