@@ -298,28 +298,25 @@ class PushCommand(_Command):
     def _run(self, check: Callable[[], None]) -> None:
         arguments = self.args
         from .publishing.dataset import check_licences
-        from .publishing.push import collect, push_calibration, push_folder, record_of
+        from .publishing.push import collect, finishing, push_calibration, push_folder, record_of
 
         with errors(FAILED, f"{arguments.folder} is as it was; the same command finishes the upload"):
             record = record_of(arguments.folder)
             if arguments.calibration:
                 check_licences(record)
+            options = {name: getattr(arguments, name) for name in ("private", "revision", "create_pr")}
+            further = {name: getattr(arguments, name) for name in ("message", "calibration", "collection")}
+            finish = finishing(arguments.folder, arguments.repo_id, **options, **further)
             commit = push_folder(
-                arguments.folder,
-                arguments.repo_id,
-                private=arguments.private,
-                revision=arguments.revision,
-                create_pr=arguments.create_pr,
-                commit_message=arguments.message,
+                arguments.folder, arguments.repo_id, commit_message=arguments.message, finish=finish, **options
             )
             say(f"Pushed: {commit.pr_url or commit.commit_url}")
             if arguments.calibration:
                 name = f"{commit.repo_url.repo_id}-calibration"
-                options = {"revision": arguments.revision, "create_pr": arguments.create_pr}
-                found = push_calibration(arguments.folder, name, private=arguments.private, **options)
+                found = push_calibration(arguments.folder, name, finish=finish, **options)
                 say(f"Pushed: {found.pr_url or found.commit_url}")
             if arguments.collection:
-                say(f"Collected: {collect(commit.repo_url.repo_id, record.base.name)}")
+                say(f"Collected: {collect(commit.repo_url.repo_id, record.base.name, finish=finish)}")
 
 
 class CardCommand(_Command):

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("first", metavar="RUN_A", help="folder of a saved run, or its repo on the Hub")
+    parser.add_argument(
+        "first", metavar="RUN_A", help="folder of a saved run, or its repo on the Hub: ID, or ID@REVISION"
+    )
     parser.add_argument("second", metavar="RUN_B", help="another run, measured on the same items")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

@@ -11,13 +11,16 @@ from .records import RunComparison
 
 
 def compare_runs(first: str | Path, second: str | Path, *, token: str | None = None) -> RunComparison:
-    """What two runs kept, by capability and task: folders that `CalibPruner.save_pretrained` wrote, or repos on the Hub.
+    """What two runs kept, by capability and task: folders that `CalibPruner.save_pretrained` wrote, or repos on the Hub,
+    `"ID"` or `"ID@REVISION"`.
 
     Args:
         token: for private repos, as everywhere in huggingface_hub.
 
     Raises:
-        `FileNotFoundError` for a run without scores; `ValueError` for runs that were not measured on the same items.
+        FileNotFoundError: for a run without scores.
+        PermissionError: for a repo that is gated.
+        ValueError: for runs that were not measured on the same items, and files that hold no scores.
     """
     names = (str(first), str(second))
     return compare(load_scores(first, token=token), load_scores(second, token=token), names=names)

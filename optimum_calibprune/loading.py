@@ -243,7 +243,12 @@ def _commit(name: str, revision: str | None, cache_dir: str | Path | None) -> st
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def fetch_record(name: str, revision: str | None, token: str | None, local_files_only: bool) -> None:
+_fetched: dict[tuple[str, str | None], Path] = {}  # where the records of repos are, which may be in any cache
+
+
+def fetch_record(
+    name: str, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
+) -> None:
     """Puts the record of a run that was pushed to the repo `name`, if there is one, into the local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -251,9 +256,11 @@ def fetch_record(name: str, revision: str | None, token: str | None, local_files
 
     if name == pocket.NAME or Path(name).exists():
         return
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    _fetched.pop((name, revision), None)
     # What goes wrong here goes wrong again when the model is loaded, and is told then.
     with contextlib.suppress(EntryNotFoundError, HFValidationError, OSError, httpx.HTTPError):
-        hf_hub_download(name, RECORD_NAME, revision=revision, token=token, local_files_only=local_files_only)
+        _fetched[name, revision] = Path(hf_hub_download(name, RECORD_NAME, **options))
 
 
 def made_by(name: str, revision: str | None = None) -> RunRecord | None:
@@ -288,6 +295,8 @@ def _record_path(name: str, revision: str | None) -> Path | None:
     if Path(name).is_dir():
         path = Path(name) / RECORD_NAME
         return path if path.is_file() else None
+    if (name, revision) in _fetched:
+        return _fetched[name, revision]
     try:
         found = try_to_load_from_cache(name, RECORD_NAME, revision=revision)
     except HFValidationError:  # a path that does not exist

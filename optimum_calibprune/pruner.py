@@ -22,6 +22,7 @@ from .calibration.choose import Choice, choose
 from .calibration.sources import fingerprint
 from .capabilities import contamination, store
 from .capabilities import perplexity as perplexities
+from .capabilities.harness import Loaded
 from .capabilities.metrics import name_of
 from .capabilities.retention import capability_report
 from .capabilities.score import Prepared, measure, prepare
@@ -62,6 +63,7 @@ from .records import (
     Scores,
     TaskOverlap,
     TaskRetention,
+    TaskScore,
 )
 
 
@@ -123,6 +125,7 @@ class CalibPruner:
         self.calibration: CalibrationSet | None = None
         self.scores: dict[str, Scores] = {}
         self._pruned = False
+        self._allow_pickle = False
         self._journal: Journal | None = None
         self._ranks = Ranks.current()
         self._measurement = choose_tasks(self.config)
@@ -198,7 +201,7 @@ class CalibPruner:
         config: dict[str, Any],
     ) -> Self:
         asked = CalibPruneConfig(model=model, sources=source_names(sources), **config)
-        fetch_record(model, asked.revision, options["token"], options["local_files_only"])
+        fetch_record(model, asked.revision, options["token"], options["cache_dir"], options["local_files_only"])
         choose_tasks(asked)
         choose_sources(asked, sources, options["token"])
         choose_perplexity_text(asked, perplexity_text)
@@ -211,7 +214,9 @@ class CalibPruner:
             check=lambda empty: blocks.check_structure(empty, with_defaults(asked, empty).sparsity),
         )
         given = {"sources": sources, "perplexity_text": perplexity_text, "metrics": metrics}
-        return cls(home, tokenizer, asked, base=base, token=options["token"], **given)
+        pruner = cls(home, tokenizer, asked, base=base, token=options["token"], **given)
+        pruner._allow_pickle = options["allow_pickle"]
+        return pruner
 
     @property
     def speaks(self) -> bool:
@@ -254,9 +259,11 @@ class CalibPruner:
             cancelled: asked between modules; True raises `schedule.Cancelled` and leaves the model half pruned.
 
         Raises:
-            `ValueError`, `FileExistsError`, `FileNotFoundError` where `work_dir` is missing, or does not fit; `OSError`
-            where its disk is full: what was finished before is kept there. `ValueError` where the calibration set has more
-            in common with the evaluated items than `config.max_overlap` allows.
+            ValueError: where `work_dir` is missing or does not fit, or the calibration set has more in common with the
+                evaluated items than `config.max_overlap` allows.
+            FileExistsError: where `work_dir` is not empty.
+            FileNotFoundError: where there is no run in `work_dir` to resume.
+            OSError: where its disk is full: what was finished before is kept there.
         """
         with self._ranks.one_voice():
             return self._run(work_dir, resume, dense_scores, on_progress, cancelled)
@@ -303,7 +310,9 @@ class CalibPruner:
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=reproduce.command(self.config, self.base, sources, self._named_text),
+            command=reproduce.command(
+                self.config, self.base, sources, self._named_text, allow_pickle=self._allow_pickle
+            ),
             config=reproduce.public_config(self.config, self.base, sources),
             base=self.base,
             plan=plan,
@@ -321,7 +330,7 @@ class CalibPruner:
             seconds=seconds,
             peak_memory=machine.peak_memory(),
             overlaps=overlaps,
-            tasks=TaskRetention.of(dense, sparse),
+            tasks=_task_retentions(dense, sparse, self._repos()),
         )
         return self.record
 
@@ -374,6 +383,11 @@ class CalibPruner:
 
     def _item_texts(self) -> dict[str, list[str]]:
         return {task.name: task.texts() for task in self._tasks().tasks}
+
+    def _repos(self) -> dict[str, str]:
+        """The data set on the Hub of each benchmark whose items are from there."""
+        benchmarks = [task.benchmark for task in self._tasks().tasks if isinstance(task, Loaded)]
+        return {benchmark.name: benchmark.repo for benchmark in benchmarks if benchmark.data is None}
 
     def _check_dense_scores(self, given: Scores) -> None:
         measured = {task.task for task in given.tasks}
@@ -609,15 +623,18 @@ class CalibPruner:
         run, calibration = self._finished()
         if push_calibration:
             check_licences(run)
-        options = {"private": private, "token": token or self.token, "revision": revision, "create_pr": create_pr}
+        options = {"private": private, "revision": revision, "create_pr": create_pr}
+        token = token or self.token
 
         def upload() -> CommitInfo:
             beside = self._journal.folder.parent if self._journal is not None else None  # where the shards are linked
             folder = Path(tempfile.mkdtemp(prefix="calibprune-", dir=beside)) / "run"
             hub.save_run(folder, self._write_model, self.tokenizer, run, calibration, self.scores, repo_id=repo_id)
-            commit = push.push_folder(folder, repo_id, commit_message=commit_message, **options)
+            finish = push.finishing(folder, repo_id, message=commit_message, calibration=push_calibration, **options)
+            given = options | {"token": token, "finish": finish}
+            commit = push.push_folder(folder, repo_id, commit_message=commit_message, **given)
             if push_calibration:
-                push.push_calibration(folder, f"{commit.repo_url.repo_id}-calibration", **options)
+                push.push_calibration(folder, f"{commit.repo_url.repo_id}-calibration", **given)
             shutil.rmtree(folder.parent, ignore_errors=True)
             return commit
 
@@ -644,6 +661,32 @@ def _report(dense: Scores, sparse: Scores) -> CapabilityReport:
     dense = replace(dense, tasks=tuple(task for task in dense.tasks if task.task in of_both))
     report = capability_report(dense, sparse)
     return replace(report, not_measured=report.not_measured | dense.missing_tasks | sparse.missing_tasks)
+
+
+def _task_retentions(dense: Scores, sparse: Scores, repos: Mapping[str, str]) -> tuple[TaskRetention, ...]:
+    """Every task that both models were measured on, in the order of `dense`."""
+    after = {task.task: task for task in sparse.tasks}
+    return tuple(
+        _task_retention(task, after[task.task], repos.get(task.task, "")) for task in dense.tasks if task.task in after
+    )
+
+
+def _task_retention(dense: TaskScore, sparse: TaskScore, repo: str) -> TaskRetention:
+    (alone,) = capability_report(Scores((dense,)), Scores((sparse,))).capabilities
+    return TaskRetention(
+        task=dense.task,
+        capability=dense.capability,
+        metric=dense.metric,
+        items=len(dense.item_scores),
+        dense=dense.value,
+        sparse=sparse.value,
+        shots=dense.shots,
+        data=dense.data,
+        chance=dense.chance,
+        repo=repo,
+        retention=alone.retention,
+        interval=alone.interval,
+    )
 
 
 @contextmanager

@@ -32,11 +32,12 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Raises `TypeError` for a value that is not of its field's type: what reads a record may rely on them."""
         hints = typing.get_type_hints(cls)
         for name in data:
             if name not in hints:
                 raise unknown(f"field of {cls.__name__}", name, [f.name for f in dataclasses.fields(cls)])
-        return cls(**{name: _decode(hints[name], value) for name, value in data.items()})
+        return cls(**{name: _decode(hints[name], value, f"{cls.__name__}.{name}") for name, value in data.items()})
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": SCHEMA_VERSION, **self.to_dict()}, indent=1, allow_nan=False) + "\n"
@@ -62,15 +63,29 @@ def _encode(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value  # numpy numbers and arrays
 
 
-def _decode(kind: Any, value: Any) -> Any:
+def _decode(kind: Any, value: Any, field: str) -> Any:
+    """The value of a field from what stood in JSON; `TypeError` for a plain value of another type than the field's."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value)
+        return None if value is None else _decode(next(a for a in arguments if a is not type(None)), value, field)
     if origin is tuple:
+        _check(list, value, field)
         items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_decode(item, v) for item, v in zip(items, value, strict=True))
+        return tuple(_decode(item, v, field) for item, v in zip(items, value, strict=True))
     if origin is dict:
-        return {key: _decode(arguments[1], item) for key, item in value.items()}
+        _check(dict, value, field)
+        return {key: _decode(arguments[1], item, field) for key, item in value.items()}
     if isinstance(kind, type) and issubclass(kind, Record):
+        _check(dict, value, field)
         return kind.from_dict(value)
-    return kind.parse(value) if hasattr(kind, "parse") else value
+    if hasattr(kind, "parse"):
+        return kind.parse(value)
+    if kind in (bool, int, float, str):
+        _check(kind, value, field)
+    return value
+
+
+def _check(kind: type, value: Any, field: str) -> None:
+    allowed = {float: (float, int), list: (list, tuple)}.get(kind, kind)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{field} must be of type {kind.__name__}, and is of type {type(value).__name__}.")

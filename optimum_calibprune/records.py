@@ -407,7 +407,9 @@ class TaskOverlap(Record):
 
 @dataclass(frozen=True)
 class TaskRetention(Record):
-    """One task before and after: the means of its items' scores."""
+    """One task before and after: the means of its items' scores. `shots`, `data` and `chance` are those of the `TaskScore`;
+    `repo` is the data set on the Hub that the items are from, empty for others. `retention` and `interval` are defined as
+    for a capability. Records of earlier releases lack all of these."""
 
     task: str
     capability: str
@@ -415,16 +417,12 @@ class TaskRetention(Record):
     items: int
     dense: float
     sparse: float
-
-    @classmethod
-    def of(cls, dense: Scores, sparse: Scores) -> tuple[Self, ...]:
-        """Every task that both models were measured on, in the order of `dense`."""
-        after = {task.task: task.value for task in sparse.tasks}
-        return tuple(
-            cls(t.task, t.capability, t.metric, len(t.item_scores), t.value, after[t.task])
-            for t in dense.tasks
-            if t.task in after
-        )
+    shots: int = 0
+    data: str = ""
+    chance: float = 0.0
+    repo: str = ""
+    retention: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

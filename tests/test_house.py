@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,25 @@ def test_the_site_has_every_page_and_names_only_what_is_there() -> None:
     assert len(named) > 10
     for module, _, name in named:
         assert getattr(importlib.import_module(module), name).__doc__
+
+
+def test_pages_link_only_to_pages_and_are_all_listed() -> None:
+    docs = ROOT / "docs"
+    for page in docs.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            place = (page.parent / target).resolve()
+            assert place.is_file() and place.is_relative_to(docs), f"{page.name}: {target}"
+    names = {page.name for page in docs.glob("*.md")} - {"index.md"}
+    assert names == set(re.findall(r"\]\(([\w-]+\.md)\)", (docs / "index.md").read_text(encoding="utf-8")))
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").partition("\ndocs/ ")[2].partition("\n```")[0]
+    assert names - {"api.md"} == set(re.findall(r"^  ([\w-]+\.md) ", listed, re.MULTILINE))
+
+
+def test_what_the_site_documents_raises_in_the_form_that_it_reads() -> None:
+    """Each line of a Raises section, in the modules with documented names, is `Error: when`, or goes on with the one above."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for module in set(re.findall(r"^::: ([\w.]+)\.\w+$", text, re.MULTILINE)):
+        for node in ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and "\nRaises:\n" in (said := ast.get_docstring(node) or ""):
+                lines = said.partition("\nRaises:\n")[2].partition("\n\n")[0].splitlines()
+                assert all(re.match(r"    (\w+: |    )", line) for line in lines), f"{module}.{node.name}"

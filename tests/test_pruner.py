@@ -28,7 +28,9 @@ from transformers import (
 )
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
+from optimum_calibprune.capabilities.retention import capability_report
 from optimum_calibprune.cli import plan_text
+from optimum_calibprune.pruner import _task_retentions
 from optimum_calibprune.records import Scores, TaskScore
 
 
@@ -448,3 +450,15 @@ def test_a_quantised_base_is_refused_before_its_weights_are_read(tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"quantised already \(fp8\).*dequantize=True"):
         CalibPruner.from_pretrained(str(tmp_path))
+
+
+def test_a_task_is_recorded_with_how_it_was_measured_and_what_it_kept() -> None:
+    dense = TaskScore("t", "math", "acc", 0.25, (1.0, 1.0, 0.0, 1.0) * 20, "f", 5, "some/set, test")
+    sparse = replace(dense, item_scores=(1.0, 0.0, 0.0, 1.0) * 20)
+    only_dense = replace(dense, task="other")
+    (found,) = _task_retentions(Scores((dense, only_dense)), Scores((sparse,)), {"t": "some/set"})
+    assert (found.shots, found.data, found.chance, found.repo) == (5, "some/set, test", 0.25, "some/set")
+    (entry,) = capability_report(Scores((dense,)), Scores((sparse,))).capabilities
+    assert (found.items, found.dense, found.sparse) == (80, 0.75, 0.5)
+    assert (found.retention, found.interval) == (entry.retention, entry.interval)
+    assert found.retention == pytest.approx(2 / 3)

@@ -17,11 +17,13 @@ from optimum_calibprune.records import (
     CapabilityReport,
     CapabilityRetention,
     MixRule,
+    RunRecord,
     Scores,
     Sparsity,
     SparsityPattern,
     TaskScore,
 )
+from tests.publishing.run_record import example
 
 
 @pytest.mark.parametrize(
@@ -241,3 +243,38 @@ def test_a_source_names_a_known_capability_and_one_place() -> None:
         CalibrationSource("x", "maths")
     with pytest.raises(ValueError, match="both a repo and a path"):
         CalibrationSource("x", "math", repo="a/b", path="c")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("plan", "length"), "<b>", "Plan.length must be of type int, and is of type str"),
+        (("prune", "micro_batch"), 1.5, "PruneReport.micro_batch must be of type int, and is of type float"),
+        (("peak_memory",), True, "RunRecord.peak_memory must be of type int, and is of type bool"),
+        (("seconds", "prune"), "1", "RunRecord.seconds must be of type float, and is of type str"),
+        (("fingerprint",), 5, "RunRecord.fingerprint must be of type str, and is of type int"),
+        (("overlaps", 0, "short"), "<b>", "TaskOverlap.short must be of type int, and is of type str"),
+        (("capabilities", "capabilities", 0, "items"), None, "CapabilityRetention.items must be of type int"),
+        (("capabilities", "total"), "<b>", "CapabilityReport.total must be of type float, and is of type str"),
+        (("base", "language"), "en", "BaseModel.language must be of type list, and is of type str"),
+        (("versions",), [], "RunRecord.versions must be of type dict, and is of type list"),
+        (("plan",), [], "RunRecord.plan must be of type dict, and is of type list"),
+        (("config", "allow_code_execution"), 1, "CalibPruneConfig.allow_code_execution must be of type bool"),
+    ],
+)
+def test_a_record_with_a_value_of_another_type_is_refused(
+    path: tuple[str | int, ...], value: object, said: str
+) -> None:
+    data = json.loads(example().to_json())
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(TypeError, match=said):
+        RunRecord.from_json(json.dumps(data))
+
+
+def test_a_whole_number_may_stand_for_a_float() -> None:
+    data = json.loads(example().to_json())
+    data["seconds"]["prune"] = 2
+    assert RunRecord.from_json(json.dumps(data)).seconds == {"prune": 2}

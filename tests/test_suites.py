@@ -153,6 +153,9 @@ def test_auto_measures_what_it_can_and_names_the_rest(data: Path) -> None:
     assert scores.missing_tasks["hellaswag"] == "there is no hellaswag.jsonl among the local files"
     record = pruner.prune()
     assert record.capabilities.not_measured == {**scores.not_measured, **scores.missing_tasks}
+    (piqa,) = record.tasks
+    assert (piqa.items, piqa.shots, piqa.data, piqa.chance) == (5, 0, "piqa_val.jsonl", 0.5)
+    assert piqa.repo == "", "its items are not known to be those of the Hub"
     assert RunRecord.from_json(record.to_json()) == record
     assert str(data.parent) not in record.to_json()
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord, TaskOverlap
+from ..records import LEFT_DENSE, CalibrationSource, LayerReport, RunRecord, TaskOverlap, TaskRetention
 from .markup import code, fenced, is_repo_id, link, literal, one_line, prose
 from .readme import BEGIN, END
 
 
 _HERE = Path(__file__).parent
 PICTURES = ("figures/retention-light.png", "figures/tasks-light.png")  # those of a saved run that a card shows
+NO_BREAK = "\u00a0"
 MOST_NAMES = 10  # of a list in running text
 PACKAGE = "optimum-calibprune"
 METHOD_NAMES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
@@ -76,6 +77,7 @@ def render(run: RunRecord, repo_id: str | None = None, pictures: Sequence[str] =
         "command": fenced(run.command, "bash"),
         "sources": [_source_row(run, source) for source in run.sources if source.name in run.mix.shares],
         "note": prose(run.mix.note),
+        "fingerprint": code(run.fingerprint[:16]),
         "upper_bound": ", ".join(map(code, filter(None, upper_bound(run).split(", ")))),
         "zeros": f"{run.prune.zeros:,}",
         "weights": f"{run.prune.weights:,}",
@@ -184,24 +186,38 @@ def _metadata(run: RunRecord) -> ModelCardData:
 
 
 def _eval_results(run: RunRecord) -> list[EvalResult]:
-    """One result a task of the pruned model, else one a capability; the base model's own results never."""
+    """One result a task of the pruned model, else one a capability; the base model's own results never. Tasks of one data
+    set stand below it together, so that each result says itself what it is."""
     if run.tasks:
         return [
-            _eval_result(f"calibprune/{task.task}", f"{task.task} ({task.items} items)", task.metric, task.sparse)
+            _eval_result(
+                task.repo if is_repo_id(task.repo) else f"calibprune/{task.task}",
+                task.repo or task.task,
+                f"{task.task} ({task.items} items{f', {task.shots} shots' if task.data else ''})",
+                task.metric,
+                task.sparse,
+            )
             for task in run.tasks
         ]
     rows = run.capabilities.capabilities if run.capabilities else ()
     return [
-        _eval_result(f"calibprune/{row.capability}", f"{row.capability} ({row.items} items)", "accuracy", row.sparse)
+        _eval_result(
+            f"calibprune/{row.capability}",
+            row.capability,
+            f"{row.capability} ({row.items} items)",
+            "accuracy",
+            row.sparse,
+        )
         for row in rows
     ]
 
 
-def _eval_result(dataset: str, name: str, metric: str, value: float) -> EvalResult:
+def _eval_result(dataset: str, dataset_name: str, name: str, metric: str, value: float) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type=one_line(dataset),
-        dataset_name=one_line(name),
+        dataset_name=one_line(dataset_name),
+        metric_name=one_line(name),
         metric_type=one_line(metric),
         metric_value=round(value, 4),
     )
@@ -213,8 +229,8 @@ def _loss(run: RunRecord) -> str:
         return ""
     worst = next(c for c in report.capabilities if c.capability == report.worst)
     return (
-        f"It keeps {_percent(report.total)} of its capabilities on average over {', '.join(report.measured)}; the most is "
-        f"lost in {worst.capability}, of which it keeps {_percent(worst.retention)}."
+        f"It keeps {_percent(report.total)} of its capabilities on average over {prose(', '.join(report.measured))}; the most "
+        f"is lost in {prose(worst.capability)}, of which it keeps {_percent(worst.retention)}."
     )
 
 
@@ -222,13 +238,15 @@ def _capability_rows(run: RunRecord) -> list[dict[str, str]]:
     report = run.capabilities
     return [
         {
-            "name": f"**{row.capability}** (worst)" if report and row.capability == report.worst else row.capability,
+            "name": f"**{prose(row.capability)}** (worst)"
+            if report and row.capability == report.worst
+            else prose(row.capability),
             "count": str(row.items),
-            "dense": _percent(row.dense),
-            "sparse": _percent(row.sparse),
-            "retention": _percent(row.retention) if row.retention is not None else "undefined: dense is at chance",
-            "interval": _range(row.interval),
-            "above": _percent(row.above_chance),
+            "dense": _unbroken(_percent(row.dense)),
+            "sparse": _unbroken(_percent(row.sparse)),
+            "retention": _unbroken(_percent(row.retention)) or "undefined: dense is at chance",
+            "interval": _unbroken(_range(row.interval)),
+            "above": _unbroken(_percent(row.above_chance)),
         }
         for row in (report.capabilities if report else ())
     ]
@@ -240,12 +258,28 @@ def _task_rows(run: RunRecord) -> list[dict[str, str]]:
             "name": code(task.task),
             "capability": prose(task.capability),
             "metric": prose(task.metric),
-            "count": str(task.items),
-            "dense": _percent(task.dense),
-            "sparse": _percent(task.sparse),
+            "shots": str(task.shots) if task.data else "",
+            "dense": _number(task.dense),
+            "sparse": _number(task.sparse),
+            "retention": _task_retention(task),
+            "data": f"{task.items} of {_task_data(task)}" if task.data else str(task.items),
         }
         for task in run.tasks
     ]
+
+
+def _task_retention(task: TaskRetention) -> str:
+    """In per cent with its interval; empty in records that do not hold it."""
+    if task.retention is None:
+        return "at chance" if task.data else ""
+    ends = f" ({_number(task.interval[0])} to {_number(task.interval[1])})" if task.interval is not None else ""
+    return _number(task.retention) + ends
+
+
+def _task_data(task: TaskRetention) -> str:
+    """Where the items are from: the data set as a link, with the split; else the file."""
+    linked = is_repo_id(task.repo) and task.data.startswith(task.repo)
+    return link(task.repo, "datasets/") + prose(task.data.removeprefix(task.repo)) if linked else prose(task.data)
 
 
 def _not_measured(run: RunRecord) -> list[tuple[str, str]]:
@@ -272,9 +306,9 @@ def _total(run: RunRecord) -> dict[str, str] | None:
     if report is None or report.total is None:
         return None
     return {
-        "over": ", ".join(report.measured),
-        "retention": _percent(report.total),
-        "interval": _range(report.total_interval),
+        "over": prose(", ".join(report.measured)),
+        "retention": _unbroken(_percent(report.total)),
+        "interval": _unbroken(_range(report.total_interval)),
     }
 
 
@@ -283,11 +317,11 @@ def _source_row(run: RunRecord, source: CalibrationSource) -> dict[str, str]:
     return {
         "name": code(source.name),
         "capability": source.capability,
-        "share": _percent(run.mix.shares[source.name]),
+        "share": _unbroken(_percent(run.mix.shares[source.name])),
         "data": _data(source),
         "licence": prose(source.licence or _unstated_licence(source)),
         "perplexity": f"{profile.perplexity:.1f}",
-        "duplicates": _percent(profile.duplicate_rate),
+        "duplicates": _unbroken(_percent(profile.duplicate_rate)),
     }
 
 
@@ -326,6 +360,16 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def _number(share: float) -> str:
+    """In per cent, for a column that says so in its heading."""
+    return f"{100 * share:.1f}"
+
+
+def _unbroken(text: str) -> str:
+    """As it stands in a narrow cell, without a line break inside."""
+    return text.replace(" ", NO_BREAK)
+
+
 def _range(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
 
@@ -341,7 +385,7 @@ def retention_table(run: RunRecord) -> list[list[str]]:
     text = run.perplexity
     if text is not None and text.dense is not None and text.sparse is not None:
         rows.append([f"perplexity, {text.text}", f"{text.dense:.2f}", f"{text.sparse:.2f}", "", ""])
-    return rows
+    return [[cell.replace(NO_BREAK, " ") for cell in row] for row in rows]
 
 
 def not_measured(run: RunRecord) -> list[str]:

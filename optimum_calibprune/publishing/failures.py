@@ -7,6 +7,8 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
 
@@ -139,7 +141,13 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _retry_after(error: BaseException) -> float | None:
-    """Seconds that the answer asks to wait."""
+    """Seconds that the answer asks to wait, which it says as a number or as a date."""
     response = getattr(_cause(error), "response", None)
     asked = (response.headers.get("Retry-After") or "").strip() if response is not None else ""
-    return float(asked) if asked.isdigit() else None
+    if asked.isdecimal():
+        return float(asked)
+    try:
+        date = parsedate_to_datetime(asked)
+    except ValueError:
+        return None
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

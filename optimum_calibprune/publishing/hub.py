@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
 RECORD_NAME = "calibprune.json"
 CALIBRATION_NAME = "calibration.safetensors"
 SCORES_FOLDER = "scores"
+NO_SCORES = "{run} has no {path}: name the folder, or the repo, of a run whose capabilities were measured."
 FIGURES_FOLDER = "figures"
 
 
@@ -78,15 +82,23 @@ def save_run(
                 raise
             raise OSError(f"{folder} could not be written: {error}") from error
         (new / RECORD_NAME).write_text(run.to_json(), encoding="utf-8")
-        drawn = []
-        if run.capabilities is not None and plots.available():
-            drawn = pictures.draw(new / FIGURES_FOLDER, title(run), run.capabilities, scores)
-        names = [path.relative_to(new).as_posix() for path in drawn]
-        (new / "README.md").write_text(render(run, repo_id, names), encoding="utf-8")
+        _draw(new, run, scores)
+        (new / "README.md").write_text(render(run, repo_id, pictures_in(new)), encoding="utf-8")
         for name, measured in scores.items():
             (new / SCORES_FOLDER).mkdir(exist_ok=True)
             (new / SCORES_FOLDER / f"{name}.json").write_text(measured.to_json(), encoding="utf-8")
     return Path(folder)
+
+
+def _draw(folder: Path, run: RunRecord, scores: dict[str, Scores]) -> None:
+    """The pictures of a run; one that cannot be drawn is said, and costs no run."""
+    if run.capabilities is None or not plots.available():
+        return
+    try:
+        pictures.draw(folder / FIGURES_FOLDER, title(run), run.capabilities, scores)
+    except Exception as error:
+        logger.warning("The figures could not be drawn and are left out: %s: %s", type(error).__name__, error)
+        shutil.rmtree(folder / FIGURES_FOLDER, ignore_errors=True)
 
 
 def save_calibration(folder: Path, calibration: CalibrationSet, mix: Mix) -> None:
@@ -107,28 +119,60 @@ def pictures_in(folder: Path) -> list[str]:
 
 def load_scores(run: str | Path, *, token: str | None = None) -> dict[str, Scores]:
     """The scores that a run was saved with, of the model before ("dense") and after ("sparse"), from its folder or from the
-    repo of that name on the Hub. Raises `FileNotFoundError` where there are none."""
+    repo of that name on the Hub: `ID`, or `ID@REVISION`. Both are of one commit.
+
+    Raises `FileNotFoundError` where there are none, `PermissionError` for a gated repo, `ValueError` for files that hold no
+    scores.
+    """
+    local = Path(run).exists()
+    repo_id, _, revision = str(run).partition("@")
+    found = {}
+    for state in ("dense", "sparse"):
+        path = f"{SCORES_FOLDER}/{state}.json"
+        file = Path(run) / path if local else _downloaded(repo_id, path, revision or None, token)
+        if not file.is_file():
+            raise FileNotFoundError(NO_SCORES.format(run=run, path=path))
+        if not local:
+            revision = file.parents[1].name  # the commit: the cache keeps each file in a folder of that name
+        found[state] = _scores(file, f"{run}: {path}")
+    return found
+
+
+def _downloaded(repo_id: str, path: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
-    found = {}
-    for name in ("dense", "sparse"):
-        path = f"{SCORES_FOLDER}/{name}.json"
-        try:
-            file = Path(run) / path if Path(run).exists() else Path(hf_hub_download(str(run), path, token=token))
-            found[name] = Scores.from_json(file.read_text(encoding="utf-8"))
-        except LocalEntryNotFoundError as error:
-            raise FileNotFoundError(f"{run} is no folder here, and the Hub cannot be reached.") from error
-        except (FileNotFoundError, NotADirectoryError, EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
-            raise FileNotFoundError(
-                f"{run} has no {path}: name the folder, or the repo, of a run whose capabilities were measured."
-            ) from None
-    return found
+    try:
+        return Path(hf_hub_download(repo_id, path, revision=revision, token=token))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} is no folder here, and the Hub cannot be reached.") from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repo_id} is gated. Accept its terms on the Hub, then run `hf auth login` or pass a token."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} has no revision {revision!r}.") from error
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(NO_SCORES.format(run=repo_id, path=path)) from None
+
+
+def _scores(file: Path, where: str) -> Scores:
+    """The scores in a file, which may come from anyone."""
+    try:
+        scores = Scores.from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where} holds no scores: {type(error).__name__}: {error}") from error
+    names = [task.task for task in scores.tasks]
+    if len({*names}) < len(names) or not all(0 <= value <= 1 for task in scores.tasks for value in task.item_scores):
+        raise ValueError(f"{where} holds no scores: each task stands there once, with scores between 0 and 1.")
+    return scores
 
 
 @contextmanager

@@ -28,8 +28,9 @@ def _visible(text: str) -> str:
 
 
 def code(value: object) -> str:
-    """As inline code: nothing in it is markup."""
-    text = one_line(value).replace("`", "'").replace("|", "\\|")
+    """As inline code: nothing in it is markup. Backslashes before a bar are held off it: two of them would end a cell."""
+    text = one_line(value).replace("`", "'")
+    text = re.sub(r"\\+(?=\|)", lambda found: found[0] + " ", text).replace("|", "\\|")
     return f"`{text}`" if text else ""
 
 

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+P = ParamSpec("P")
 Interval = tuple[float, float] | Sequence[float] | None
 
 # Okabe and Ito 2008, some of them darker so that they can be read as text: told apart without telling red from green.
@@ -88,6 +90,20 @@ class Point:
 # ---------------------------------------------------------------------------------------------- figures
 
 
+def _as_written(draw: Callable[P, Path]) -> Callable[P, Path]:
+    """Text in the figure is shown as it is written: names are chosen by others, and a `$` in them begins no formula."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> Path:
+        from matplotlib import rc_context
+
+        with rc_context({"text.parse_math": False}):
+            return draw(*arguments, **options)
+
+    return drawn
+
+
+@_as_written
 def bars(
     path: Path, title: str, axis: str, rows: Sequence[Bar], note: str = "", theme: Theme = THEMES["light"]
 ) -> Path:
@@ -116,11 +132,12 @@ def bars(
     return _saved(figure, path)
 
 
+@_as_written
 def pairs(
     path: Path, title: str, axis: str, rows: Sequence[Pair], note: str = "", theme: Theme = THEMES["light"]
 ) -> Path:
     """Shares before (hollow) and after (filled), a line between them, and a tick at the score of guessing."""
-    axes, figure = _rows(title, axis, [row.label for row in rows], note, theme, room=1.0)
+    axes, figure = _rows(title, axis, [row.label for row in rows], note, theme, room=1.15)
     axes.set_xlim(-2, 102)
     for i, row in enumerate(rows):
         colour = theme.capabilities.get(row.capability, theme.faint)
@@ -137,6 +154,7 @@ def pairs(
     return _saved(figure, path)
 
 
+@_as_written
 def heat_map(
     path: Path,
     title: str,
@@ -187,6 +205,7 @@ def heat_map(
     return _saved(figure, path)
 
 
+@_as_written
 def intervals(path: Path, title: str, axis: str, points: Sequence[Point], note: str = "", share: bool = True) -> Path:
     """Points under each other in the order given, each with its interval and its number; shares in per cent."""
     factor = 100.0 if share else 1.0
@@ -214,6 +233,7 @@ def intervals(path: Path, title: str, axis: str, points: Sequence[Point], note: 
     return _saved(figure, path)
 
 
+@_as_written
 def correlations(
     path: Path,
     title: str,
@@ -249,6 +269,7 @@ def correlations(
     return _saved(figure, path)
 
 
+@_as_written
 def curves(
     path: Path,
     title: str,

@@ -35,6 +35,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    finish: str | None = None,
 ) -> CommitInfo:
     """Creates `repo_id` where it does not exist, and uploads a saved folder in one commit; none where nothing changed.
 
@@ -50,6 +51,7 @@ def push_folder(
         revision: a branch, made where it does not exist.
         create_pr: open a pull request against the main branch instead of committing to it.
         commit_message: the commit's first line.
+        finish: the command that an error ends with; default: the one that does what this function was asked to do.
 
     Raises:
         ValueError: for arguments that do not fit.
@@ -64,12 +66,8 @@ def push_folder(
     files = _files(folder)
     if repo_type == "model" and RECORD_NAME not in files:
         raise FileNotFoundError(f"{folder} holds no {RECORD_NAME}; name a folder that a run was saved to.")
-    options = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
-    options += ["--create-pr"] if create_pr else []
-    words = ["optimum-cli", "calibprune", "push", str(folder), repo_id, *options]
-    if repo_type != "model":
-        words = ["hf", "upload", repo_id, str(folder), "--repo-type", repo_type, *options]
-    finish = shlex.join(words)
+    options = {"private": private, "revision": revision, "create_pr": create_pr, "message": commit_message}
+    finish = finish or finishing(folder, repo_id, repo_type=repo_type, **options)
 
     def attempt(api: HfApi) -> CommitInfo:
         from huggingface_hub import CommitOperationAdd
@@ -105,6 +103,32 @@ def push_folder(
     return persistently(attempt, f"{repo_id} was not pushed", token, f"{folder} is complete; finish with: {finish}")
 
 
+def finishing(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    calibration: bool = False,
+    collection: bool = False,
+) -> str:
+    """The command line that pushes a saved folder, with all that was asked for."""
+    model = repo_type == "model"
+    words = ["optimum-cli", "calibprune", "push", str(folder), repo_id]
+    if not model:
+        words = ["hf", "upload", repo_id, str(folder), "--repo-type", repo_type]
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    words += ["--create-pr"] if create_pr else []
+    words += ["--message" if model else "--commit-message", message] if message else []
+    words += ["--calibration"] if calibration else []
+    words += ["--collection"] if collection else []
+    return shlex.join(words)
+
+
 def push_calibration(
     folder: str | Path,
     repo_id: str,
@@ -113,11 +137,12 @@ def push_calibration(
     token: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    finish: str | None = None,
 ) -> CommitInfo:
     """Publishes the calibration set of a saved run as the data set `repo_id`.
 
-    Where that fails, the data set stays in a temporary folder, and the error ends with the command that finishes the push.
-    Raises `ValueError` where a licence does not allow it, `PushError` where the Hub cannot be had.
+    Where that fails, the data set stays in a temporary folder, and the error ends with the command that finishes the push:
+    `finish`, by default the one that uploads that folder. Raises `ValueError` where a licence does not allow it, `PushError` where the Hub cannot be had.
     """
     target = Path(tempfile.mkdtemp(prefix="calibprune-")) / "calibration"
     try:
@@ -134,6 +159,7 @@ def push_calibration(
         revision=revision,
         create_pr=create_pr,
         commit_message="Upload a calibration set chosen with optimum-calibprune",
+        finish=finish,
     )
     shutil.rmtree(target.parent, ignore_errors=True)
     return commit
@@ -188,10 +214,10 @@ def record_of(folder: str | Path) -> RunRecord:
     return _read(path)
 
 
-def collect(repo_id: str, base: str, *, token: str | None = None) -> str:
+def collect(repo_id: str, base: str, *, token: str | None = None, finish: str | None = None) -> str:
     """Adds a pushed model to its owner's collection of all models pruned from `base`, which is made where there is none.
 
-    Returns the collection's address. Raises `PushError` where the Hub cannot be had.
+    `finish` is the command that an error ends with. Returns the collection's address. Raises `PushError` where the Hub cannot be had.
     """
 
     def attempt(api: HfApi) -> str:
@@ -203,7 +229,8 @@ def collect(repo_id: str, base: str, *, token: str | None = None) -> str:
         api.add_collection_item(collection.slug, name, "model", exists_ok=True)
         return collection.url
 
-    return persistently(attempt, f"{repo_id} was not added to a collection", token, "The model itself is on the Hub.")
+    remedy = "The model itself is on the Hub" + (f"; finish with: {finish}" if finish else ".")
+    return persistently(attempt, f"{repo_id} was not added to a collection", token, remedy)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -34,16 +34,20 @@ def command(
     base: BaseModel,
     sources: Sequence[CalibrationSource],
     text: CalibrationSource | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> str:
     """The command line of a run whose config has all defaults filled in; `DIR` stands for the output folder.
 
-    `sources` are those that were opened, `text` the one on which perplexity was measured. Data that was in memory
-    cannot be named on a command line; a comment says so.
+    `sources` are those that were opened, `text` the one on which perplexity was measured, and `allow_pickle` says whether
+    weights might be pickles. Data that was in memory cannot be named on a command line; a comment says so.
     """
     defaults = CalibPruneConfig(base.name)
     words = ["optimum-cli", "calibprune", "prune", base.name]
     if base.revision:
         words += ["--revision", base.revision]
+    if allow_pickle:
+        words += ["--allow-pickle"]
     for name in OPTIONS:
         value = getattr(config, name)
         if name in ALWAYS or value != getattr(defaults, name):

@@ -97,8 +97,11 @@ def example() -> RunRecord:
         peak_memory=2**30,
         overlaps=(TaskOverlap("some_code", 400, 3, 12, {"c4": 3, "notes": 40}),),
         tasks=(
-            TaskRetention("easy_facts", "general", "accuracy", 300, 0.9, 0.7),
-            TaskRetention("hard_facts", "general", "accuracy", 100, 0.5, 0.3),
-            TaskRetention("functions", "code", "pass@1", 2, 0.5, 0.1),
+            TaskRetention(
+                *("easy_facts", "general", "accuracy", 300, 0.9, 0.7, 5, "some/facts, test", 0.25, "some/facts"),
+                *(0.7778, (0.72, 0.83)),
+            ),
+            TaskRetention("hard_facts", "general", "acc", 100, 0.3, 0.3, 0, "some/facts, test", 0.25, "some/facts"),
+            TaskRetention("functions", "code", "pass@1", 2, 0.5, 0.1, 3, "functions.jsonl", 0.0, "", 0.2, (0.0, 0.5)),
         ),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from markdown_it.token import Token
 
 from optimum_calibprune import pocket
 from optimum_calibprune.publishing.card import PICTURES, render, retention_table, starved_experts
-from optimum_calibprune.publishing.markup import is_repo_id, link, one_line
+from optimum_calibprune.publishing.markup import code, is_repo_id, link, one_line
 from optimum_calibprune.publishing.readme import has_own_text, updated
 from optimum_calibprune.records import (
     CalibrationSource,
@@ -62,6 +63,14 @@ def test_sparsity_by_module_is_named_by_its_share_and_listed(run: RunRecord) -> 
     assert "- `model.layers.0.mlp.gate_proj.weight`: left dense, as asked by '\\*.gate_proj'\n" in folded
 
 
+def test_numbers_in_narrow_cells_stay_on_one_line(run: RunRecord) -> None:
+    rows = [line for line in render(run).splitlines() if line.startswith(("| general ", "| **total** ", "| `c4` "))]
+    assert len(rows) == 3
+    assert not [row for row in rows if re.search(r"\d %|\d to \d", row)]
+    assert all("\u00a0%" in row for row in rows)
+    assert "\u00a0" not in str(retention_table(run)), "a terminal has room"
+
+
 def test_owl_is_named_with_what_it_asked_of_the_modules(run: RunRecord) -> None:
     up, down = run.prune.layers
     prune = replace(run.prune, layers=(replace(up, zeros_asked=64), replace(down, zeros_asked=90)))
@@ -78,16 +87,32 @@ def test_the_metadata_is_valid_and_claims_nothing_of_the_base(run: RunRecord) ->
     assert data.license == "mit"
     assert data.datasets == ["allenai/c4"]
     assert {"calibprune", "sparse"} <= set(data.tags)
-    assert {r.dataset_name: (r.metric_type, r.metric_value) for r in data.eval_results} == {
-        "easy_facts (300 items)": ("accuracy", 0.7),
-        "hard_facts (100 items)": ("accuracy", 0.3),
-        "functions (2 items)": ("pass@1", 0.1),
+    assert {r.metric_name: (r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results} == {
+        "easy_facts (300 items, 5 shots)": ("some/facts", "accuracy", 0.7),
+        "hard_facts (100 items, 0 shots)": ("some/facts", "acc", 0.3),
+        "functions (2 items, 3 shots)": ("calibprune/functions", "pass@1", 0.1),
     }
     older = ModelCard(render(replace(run, tasks=()))).data  # a record of the first release names no tasks
-    assert {r.dataset_name: r.metric_value for r in older.eval_results} == {
+    assert {r.metric_name: r.metric_value for r in older.eval_results} == {
         "general (400 items)": 0.6,
         "code (2 items)": 0.1,
     }
+
+
+def test_a_task_says_how_it_was_measured_and_of_an_older_run_only_what_is_known(run: RunRecord) -> None:
+    older = json.loads(run.to_json())
+    for task in older["tasks"]:
+        for name in ("shots", "data", "chance", "repo", "retention", "interval"):
+            del task[name]
+    text = render(RunRecord.from_json(json.dumps(older)))
+    assert "| `easy_facts` | general | accuracy |  | 90.0 | 70.0 |  | 300 |" in text
+    assert "name: easy_facts (300 items)\n" in text
+    assert "some/facts" not in text
+    text = render(run)
+    linked = "[some/facts](https://huggingface.co/datasets/some/facts), test |"
+    assert f"| `easy_facts` | general | accuracy | 5 | 90.0 | 70.0 | 77.8 (72.0 to 83.0) | 300 of {linked}" in text
+    assert f"| `hard_facts` | general | acc | 0 | 30.0 | 30.0 | at chance | 100 of {linked}" in text
+    assert "| 20.0 (0.0 to 50.0) | 2 of functions.jsonl |" in text
 
 
 def test_a_section_without_data_does_not_appear(run: RunRecord) -> None:
@@ -140,6 +165,7 @@ def test_links_lead_to_repos_at_their_commits(run: RunRecord) -> None:
     links = [token.attrs["href"] for token in inline(render(run, pictures=PICTURES)) if token.type == "link_open"]
     assert links == [
         "https://huggingface.co/someone/tiny",
+        *["https://huggingface.co/datasets/some/facts"] * 2,
         "https://huggingface.co/datasets/allenai/c4/tree/fedcba9876543210",
     ]
     images = [token.attrs["src"] for token in inline(render(run, pictures=PICTURES)) if token.type == "image"]
@@ -155,7 +181,7 @@ def inline(text: str) -> Iterator[Token]:
 
 
 EVIL = (
-    "<script>alert(1)</script>\n\n# Owned\n\n[a](https://evil.example) ![b](https://evil.example/b.png) | c | `d` **e** $f$\n"
+    "<script>alert(1)</script> \\| <b> \\\\| <i>\n\n# Owned\n\n[a](https://evil.example) ![b](https://evil.example/b.png) | c | `d` **e** $f$\n"
     "```\n<img src=x onerror=alert(1)>\n\n---\nlicense: owned\n---\n@someone \u202e <!-- {{ run }} {% raw %} ../../etc/passwd \x1b[31m"
 )
 
@@ -166,7 +192,12 @@ def hostile(run: RunRecord, text: str) -> RunRecord:
     local = replace(source, name="local", repo=None, path=text)
     layers = [replace(layer, module=text, why=text, rescue=text) for layer in run.prune.layers]
     untouched = (Untouched(text, (1, 1), text),)
-    measured = replace(run.capabilities, not_measured={text: text})
+    retained = tuple(
+        replace(entry, capability=f"{entry.capability} {text}") for entry in run.capabilities.capabilities
+    )
+    measured = replace(
+        run.capabilities, capabilities=retained, worst=retained[1].capability, not_measured={text: text}
+    )
     profiles = (
         replace(run.profiles[0], name=source.name),
         replace(run.profiles[1], name="local"),
@@ -179,8 +210,11 @@ def hostile(run: RunRecord, text: str) -> RunRecord:
         profiles=profiles,
         mix=replace(run.mix, shares={source.name: 0.5, "local": 0.5}, note=text),
         prune=replace(run.prune, layers=tuple(layers), untouched=untouched),
+        fingerprint=text,
         capabilities=measured,
-        tasks=tuple(replace(task, task=text, metric=text) for task in run.tasks),
+        tasks=tuple(
+            replace(task, task=text, capability=text, metric=text, data=text, repo=text) for task in run.tasks
+        ),
         perplexity=replace(run.perplexity, text=text, reason=text),
         versions={text: text},
         hardware={text: text},
@@ -206,10 +240,19 @@ def test_nothing_that_others_choose_becomes_markup(run: RunRecord) -> None:
     assert "Owned" not in headings
     assert not re.search("[\u202e\x1b]", text)
     strong = [found[i + 1].content for i, token in enumerate(found) if token.type == "strong_open"]
-    assert strong == ["code", "total", "47.5 %"]
+    assert [text.split()[0] for text in strong] == ["code", "total", "47.5"]
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    structure = re.compile(r"(?<!\\)(?:\\\\)*\|")  # to some renderers a bar after two backslashes ends a cell
+    cells = {len(structure.findall(row)) for row in rows}
     assert cells == {len(re.findall(r"\|", row)) for row in render(run).splitlines() if row.startswith("| ")}
+
+
+@pytest.mark.parametrize("name", ["a|b", r"a\|<b>", r"a\\|<b>", r"\\\|<b>|", r"a\b"])
+def test_every_bar_in_code_follows_one_backslash(name: str) -> None:
+    text = code(name)
+    assert all(len(run) == 1 for run in re.findall(r"(\\*)\|", text)), text
+    assert text.count("|") == name.count("|")
+    assert text.strip("`").replace("\\|", "|").replace(" ", "") == name, "and nothing is lost"
 
 
 def test_hostile_names_stay_values_in_the_metadata_and_strings_in_the_code(run: RunRecord) -> None:

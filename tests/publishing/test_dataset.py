@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -151,9 +152,10 @@ def test_a_published_set_calibrates_again(hub: HubServer, run_folder: Path, tmp_
         hub.fail_next("POST", "/commit/", 403)
         failed = client(publish, run_folder, "me/set")
         assert failed.error.startswith("PushError: me/set was not pushed: the token may not write there")
-        words = failed.error.partition("finish with: ")[2].split()
+        words = shlex.split(failed.error.partition("finish with: ")[2])
         assert words[:3] == ["hf", "upload", "me/set"]
-        assert words[4:] == ["--repo-type", "dataset", "--private"]
+        message = "Upload a calibration set chosen with optimum-calibprune"
+        assert words[4:] == ["--repo-type", "dataset", "--private", "--commit-message", message]
         assert (Path(words[3]) / "data" / "math.jsonl").exists()
         for _ in range(2):  # once more changes nothing
             assert client(publish, run_folder, "me/set").error == ""

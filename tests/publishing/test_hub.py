@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,27 @@ def test_push_and_card_on_the_command_line(hub: HubServer, folder: Path, tmp_pat
     assert refused.returncode == 1
     assert "The calibration set cannot be published" in refused.stderr
     assert len(hub.requests) == before, "nothing is uploaded before that is known"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        ("POST", "/preupload/", "was not pushed"),
+        ("GET", "/api/datasets/", "me/run-calibration was not pushed"),
+        ("POST", "/api/collections", "was not added to a collection"),
+    ],
+)
+def test_the_command_that_finishes_a_push_is_the_whole_one(
+    method: str, path: str, said: str, hub: HubServer, folder: Path, tmp_path: Path
+) -> None:
+    hub.fail_next(method, path, 403)
+    options = ["--private", "--create-pr", "--message", "my words", "--calibration", "--collection"]
+    done = cli(hub, tmp_path, "push", str(folder), "me/run", *options)
+    assert done.returncode == 1
+    assert said in done.stderr
+    finish = shlex.split(done.stderr.rpartition("finish with: ")[2])
+    assert finish[:5] == ["optimum-cli", "calibprune", "push", str(folder), "me/run"]
+    assert finish[5:] == options
 
 
 GATED = """

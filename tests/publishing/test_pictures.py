@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from transformers import AutoTokenizer
 
-from optimum_calibprune.publishing import pictures, plots
+from optimum_calibprune import pocket
+from optimum_calibprune.publishing import hub, pictures, plots
 from optimum_calibprune.publishing.card import render
-from optimum_calibprune.records import CapabilityReport, CapabilityRetention, Scores, TaskScore
+from optimum_calibprune.records import (
+    CalibrationRow,
+    CalibrationSet,
+    CapabilityReport,
+    CapabilityRetention,
+    Scores,
+    TaskScore,
+)
 from tests.publishing.run_record import example
 
 
@@ -93,6 +102,33 @@ def test_a_model_at_chance_has_a_picture_that_says_so(tmp_path: Path) -> None:
     drawn = pictures.draw(tmp_path, "m", at_chance, {})
     assert len(drawn) == 4
     assert "undefined: dense is at chance" in drawn[0].read_text()
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path: Path) -> None:
+    name = r"$\frac{a}{$_x^ \$me"
+    items = tuple(replace(task, task=name) for task in scores(0.8).tasks)
+    drawn = pictures.draw(tmp_path, name, report(0.5), dict.fromkeys(("dense", "sparse"), Scores(items)))
+    assert len(drawn) == 8
+    for path in drawn:
+        if path.suffix == ".svg":
+            assert path.read_text().count(name) >= 1 + ("tasks" in path.stem), "as it is written"
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object, **options: object) -> Path:
+        raise ValueError("no font")
+
+    monkeypatch.setattr(plots, "pairs", fail)  # after the first picture has been written
+    measured = {"dense": scores(0.8), "sparse": scores(0.3)}
+    calibration = CalibrationSet([[1, 2]], (CalibrationRow("c4", 0, "general"),))
+    tokenizer = AutoTokenizer.from_pretrained(pocket.MODEL)
+    hub.save_run(tmp_path / "run", lambda folder: None, tokenizer, example(), calibration, measured)
+    assert "The figures could not be drawn and are left out: ValueError: no font" in caplog.text
+    assert not (tmp_path / "run" / "figures").exists()
+    assert "![" not in (tmp_path / "run" / "README.md").read_text()
+    assert hub.load_scores(tmp_path / "run") == measured
 
 
 def test_nothing_measured_is_nothing_drawn(tmp_path: Path) -> None:

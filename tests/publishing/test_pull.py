@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_calibprune import CalibPruner, RunRecord, pocket
+from optimum_calibprune.records import Scores, TaskScore
 from tests.hub_server import STRANGER_TOKEN, TOKEN, HubServer
 from tests.publishing import pushing
 from tests.publishing.pushing import Client
@@ -205,6 +206,17 @@ def test_a_repo_that_calls_itself_pruned_from_the_pocket_runs_no_code(
     assert client(load, "stranger/pocket", capabilities="auto", allow_code_execution=True)["refused"] == []
 
 
+def test_a_record_is_kept_and_found_in_the_cache_that_was_named(
+    hub: HubServer, client: Client, home: Path, pruned: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.add_repo("me/elsewhere", pruned)
+    found = client(load, "me/elsewhere", capabilities="math", cache_dir=tmp_path / "cache")
+    assert RunRecord.from_json(found["made_by"]) == RunRecord.from_json(pruned["calibprune.json"].decode())
+    assert found["is_pocket"]
+    assert list((tmp_path / "cache" / "models--me--elsewhere").rglob("calibprune.json"))
+    assert not (home / "hub" / "models--me--elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     "record", [b"[]", b"{", b'{"schema_version": 1, "base": []}', b'{"schema_version": 99}', b"\xff"]
 )
@@ -223,3 +235,41 @@ def test_a_base_card_that_is_odd_states_nothing(hub: HubServer, client: Client, 
     hub.add_repo("me/odd", BASE | {"README.md": f"---\n{metadata}\n---\n# Odd\n".encode()})
     base = client(load, "me/odd")["base"]
     assert (base["licence"], base["language"]) == (None, [])
+
+
+def kept(run: str, **options: Any) -> dict[str, float] | str:
+    """The score of each state of a run's one task, or the name and text of the error."""
+    from optimum_calibprune.publishing.hub import load_scores
+
+    try:
+        return {state: scores.tasks[0].value for state, scores in load_scores(run, **options).items()}
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def of_run(value: float) -> dict[str, bytes]:
+    text = Scores((TaskScore("t", "code", "pass@1", 0.0, (value,)),)).to_json().encode()
+    return {"scores/dense.json": text, "scores/sparse.json": text}
+
+
+def test_scores_are_of_one_commit(hub: HubServer, client: Client) -> None:
+    first = hub.add_repo("me/scores", of_run(0.25)).at("main").sha
+    assert client(kept, "me/scores") == {"dense": 0.25, "sparse": 0.25}
+    commit = type(hub.commits("me/scores")[0])
+    hub.repos["model", "me/scores"].branch("main").append(commit("second", of_run(0.5)))
+    before = len(hub.requests)
+    assert client(kept, "me/scores") == {"dense": 0.5, "sparse": 0.5}
+    asked = [target for _, target, _ in hub.requests[before:] if target.endswith("/sparse.json")]
+    assert asked
+    assert not [target for target in asked if "/main/" in target], "the branch may move in between"
+    assert client(kept, f"me/scores@{first}") == {"dense": 0.25, "sparse": 0.25}
+    assert client(kept, "me/scores@v9") == "FileNotFoundError: me/scores has no revision 'v9'."
+
+
+def test_scores_that_are_gated_are_not_missing(hub: HubServer, client: Client) -> None:
+    hub.add_repo("big/gated-scores", of_run(0.25), gated=True)
+    assert client(kept, "big/gated-scores", token=STRANGER_TOKEN) == (
+        "PermissionError: big/gated-scores is gated. Accept its terms on the Hub, then run `hf auth login` or pass a token."
+    )
+    assert client(kept, "big/gated-scores", token=TOKEN) == {"dense": 0.25, "sparse": 0.25}
+    assert "me/no-scores has no scores/dense.json: name the folder" in client(kept, "me/no-scores")

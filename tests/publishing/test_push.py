@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from itertools import count
 from pathlib import Path
 
@@ -131,7 +133,7 @@ def test_what_users_wrote_in_the_card_stays(hub: HubServer, client: Client, fold
     edited = card.replace("- sparsegpt\n", "- sparsegpt\n- mine\nthumbnail: a.png\n").replace(
         BEGIN, f"Mine, above.\n\n{BEGIN}"
     )
-    hub.add_repo(repo_id, {"README.md": edited.replace("75.0 %", "99.9 %").encode() + b"\nMine, below.\n"})
+    hub.add_repo(repo_id, {"README.md": edited.replace("75.0\u00a0%", "99.9\u00a0%").encode() + b"\nMine, below.\n"})
     assert client(pushing.push, folder, repo_id).error == ""
     now = hub.files(repo_id)["README.md"].decode()
     front, _, body = now.partition("\n---\n")
@@ -139,8 +141,8 @@ def test_what_users_wrote_in_the_card_stays(hub: HubServer, client: Client, fold
     assert "thumbnail: a.png" in front
     assert body.startswith(f"\nMine, above.\n\n{BEGIN}")
     assert now.endswith(f"{END}\n\nMine, below.\n")
-    assert "99.9 %" not in now, "what was drawn is drawn again"
-    assert "75.0 %" in now
+    assert "99.9\u00a0%" not in now, "what was drawn is drawn again"
+    assert "75.0\u00a0%" in now
     assert client(pushing.push, folder, repo_id).error == ""
     assert len(hub.commits(repo_id)) == 2, "once more changes nothing"
 
@@ -150,13 +152,13 @@ def test_a_card_is_drawn_again_in_a_folder_and_in_a_repo(
 ) -> None:
     readme = folder / "README.md"
     drawn = readme.read_text()
-    readme.write_text(drawn.replace("75.0 %", "99.9 %") + "\nMine.\n")
+    readme.write_text(drawn.replace("75.0\u00a0%", "99.9\u00a0%") + "\nMine.\n")
     assert client(pushing.redraw, str(folder)).value == f"Drew {readme}."
     assert readme.read_text() == drawn + "\nMine.\n"
     assert client(pushing.push, folder, repo_id).error == ""
     assert client(pushing.redraw, repo_id).value == f"The card of {repo_id} is up to date."
     files = hub.files(repo_id)
-    hub.add_repo(repo_id, files | {"README.md": files["README.md"].replace(b"75.0 %", b"99.9 %")})
+    hub.add_repo(repo_id, files | {"README.md": files["README.md"].replace(b"75.0", b"99.9")})
     assert "/discussions/1" in client(pushing.redraw, repo_id, create_pr=True).value
     assert hub.files(repo_id, "refs/pr/1") == files
     assert "/commit/" in client(pushing.redraw, repo_id).value
@@ -166,7 +168,9 @@ def test_a_card_is_drawn_again_in_a_folder_and_in_a_repo(
     assert "holds no calibprune.json" in client(pushing.redraw, str(tmp_path / "empty")).error
     assert "was not drawn again: the Hub does not know it" in client(pushing.redraw, "me/none").error
     record = folder / "calibprune.json"
-    for text in ("[]", "{", record.read_text().replace('"sparsegpt"', '"other"')):
+    good = record.read_text()
+    for text in ("[]", "{", good.replace('"sparsegpt"', '"other"'), good.replace('"short": 12', '"short": "<b>"')):
+        assert text != good
         record.write_text(text)
         assert client(pushing.redraw, str(folder)).error.startswith("ValueError: ")
         assert readme.read_text() == drawn + "\nMine.\n"
@@ -264,6 +268,18 @@ def test_the_hub_says_how_long_to_wait(
     assert done.error == ""
     assert endpoint == "card head" or 60 <= sum(done.pauses) <= 62
     check_repeat_finishes(hub, client, folder, begun)
+
+
+def test_the_hub_says_until_when_to_wait(hub: HubServer, client: Client, folder: Path, begun: str) -> None:
+    for seconds, least in ((60, 55), (-60, 1)):
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+        hub.fail_next(*ENDPOINTS["commit"], 503, headers={"Retry-After": date})
+        done = push_and_check(hub, client, folder, begun)
+        assert done.error == ""
+        assert least <= sum(done.pauses) <= max(seconds, least)
+        (folder / "config.json").write_text('{"a": 1}')  # so that there is something to commit again
+    hub.fail_next(*ENDPOINTS["create"], 503, headers={"Retry-After": "soon"})
+    assert client(pushing.push, folder, begun).pauses == [WAITS[0]]
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)

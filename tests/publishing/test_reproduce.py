@@ -39,6 +39,12 @@ def test_an_allocation_is_written_where_it_is_not_the_default() -> None:
     assert "--allocation" not in command(CalibPruneConfig("pocket"), BaseModel("pocket"), [])
 
 
+def test_pickles_are_allowed_where_they_were() -> None:
+    config, base = CalibPruneConfig("me/model"), BaseModel("me/model", "abc")
+    assert "prune me/model --revision abc --allow-pickle --sparsity" in command(config, base, [], allow_pickle=True)
+    assert "--allow-pickle" not in command(config, base, [])
+
+
 def test_data_in_memory_cannot_be_named_and_the_command_says_so() -> None:
     config = CalibPruneConfig("pocket", sources=("notes",))
     line = command(config, BaseModel("pocket"), [CalibrationSource("notes", "math")])

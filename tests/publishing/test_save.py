@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from optimum_calibprune.publishing import hub
+from optimum_calibprune.records import Scores, TaskScore
 
 
 def _tree(folder: Path) -> dict[str, str]:
@@ -87,3 +88,45 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch.chdir(tmp_path)
     hub.check_output(tmp_path / "full", overwrite=True)
     hub.check_output(tmp_path / "new" / "deep", overwrite=False)
+
+
+def scores(*items: float) -> Scores:
+    return Scores((TaskScore("t", "code", "pass@1", 0.0, items),))
+
+
+def saved_scores(folder: Path, **texts: str) -> Path:
+    (folder / "scores").mkdir(parents=True)
+    for state, text in texts.items():
+        (folder / "scores" / f"{state}.json").write_text(text)
+    return folder
+
+
+GOOD = scores(0.0, 1.0).to_json()
+DAMAGED = {
+    "cut": GOOD[:-20],
+    "empty": "",
+    "a list": "[]",
+    "deep": "[" * 100_000,
+    "another record": '{"schema_version": 1, "tasks": [{"task": "t"}]}',
+    "no list": GOOD.replace("[\n    0.0,\n    1.0\n   ]", "5"),
+    "a word": GOOD.replace("1.0\n", '"1"\n'),
+    "not a number": GOOD.replace("1.0\n", "NaN\n"),
+    "infinite": GOOD.replace("1.0\n", "1e999\n"),
+    "twice": Scores(scores(0.5).tasks * 2).to_json(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_files_that_hold_no_scores_are_one_sentence(tmp_path: Path, kind: str) -> None:
+    assert DAMAGED[kind] != GOOD
+    run = saved_scores(tmp_path / "run", dense=GOOD, sparse=DAMAGED[kind])
+    with pytest.raises(ValueError, match=r"run: scores/sparse\.json holds no scores: "):
+        hub.load_scores(run)
+    (run / "scores" / "sparse.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"holds no scores: UnicodeDecodeError"):
+        hub.load_scores(run)
+
+
+def test_scores_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    run = saved_scores(tmp_path / "run", dense=GOOD, sparse=scores(0.0, 0.25).to_json())
+    assert hub.load_scores(run) == {"dense": scores(0.0, 1.0), "sparse": scores(0.0, 0.25)}
