@@ -105,9 +105,9 @@ def test_the_card_reports_the_measured_retention(saved: tuple[CalibPruner, Path]
     report = pruner.record.capabilities
     assert [c.capability for c in report.capabilities] == ["general", "math"]
     for entry in report.capabilities:
-        assert f"{100 * entry.retention:.1f} %" in card
+        assert f"{100 * entry.retention:.1f}\u00a0%" in card
         assert 0.0 <= entry.retention < 1.0
-    assert f"{100 * report.total:.1f} %" in card
+    assert f"{100 * report.total:.1f}\u00a0%" in card
     assert "total** (general, math)" in card
     shown = [line.rpartition("(")[2].rstrip(")") for line in card.splitlines() if line.startswith("![")]
     assert shown == ["figures/retention-light.png", "figures/tasks-light.png"]
