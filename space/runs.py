@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Visitors and their runs: each run has a thread and a private folder, can be stopped, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import re
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from limits import KEPT_SECONDS, SECONDS, Job, check_size
+
+from optimum_calibprune import CalibPruner, RunRecord
+
+
+STAGES = ("load", "read", "measure", "measure dense", "prune", "measure sparse", "save")
+EXPECTED = (ValueError, OSError, ImportError, MemoryError)  # what the package raises for a visitor to read
+PATHS = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]*")
+STOPPED = "The run was stopped, and nothing of it is left."
+
+
+class Stopped(Exception):
+    """The visitor has stopped the run, or has left."""
+
+
+@dataclass
+class Run:
+    """One job in a thread of its own. `stage`, `done` and `total` tell where it is; in the end there is a `record` with the
+    `folder` that holds the pruned model, or an `error` in one sentence."""
+
+    job: Job
+    folder: Path
+    plan_text: str = ""
+    stage: str = "load"
+    done: int = 0
+    total: int = 0
+    detail: str = ""
+    record: RunRecord | None = None
+    error: str = ""
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+    _deadline: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.record is not None or bool(self.error)
+
+    def start(self) -> None:
+        self._deadline = time.monotonic() + SECONDS
+        self._thread = threading.Thread(target=self._run, name="run", daemon=True)
+        self._thread.start()
+
+    def stop(self, wait: float = 60.0) -> None:
+        """Asks it to stop, which it does at the next module or batch, and waits for that."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(wait)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is still going after that time."""
+        assert self._thread is not None
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._prune()
+        except Stopped:
+            self.error = STOPPED
+        except EXPECTED as error:
+            self.error = sentence(error, self.folder)
+        finally:
+            if self.record is None:
+                self.error = self.error or "The run failed in a way that nobody expected; try other settings."
+                shutil.rmtree(self.folder, ignore_errors=True)
+            gc.collect()
+
+    def _prune(self) -> None:
+        check_size(self.job.model)
+        self._check()
+        cache = self.folder / "downloads"
+        pruner = CalibPruner.from_pretrained(self.job.model, cache_dir=cache, **self.job.options)
+        self._check()
+        self.plan_text = plan_text(pruner)
+        record = pruner.prune(on_progress=self._progress, cancelled=self._check)
+        self._progress(0, 1, "save")
+        pruner.save_pretrained(self.folder / "model")
+        shutil.rmtree(cache, ignore_errors=True)
+        name = f"{self.job.model.split('/')[-1]}-{self.job.sparsity.strip('%').replace(':', 'of')}"
+        shutil.make_archive(str(self.folder / name), "zip", self.folder / "model")
+        self._progress(1, 1, "save")
+        self.record = record
+
+    def _progress(self, done: int, total: int, text: str) -> None:
+        self._check()
+        stage, _, detail = text.partition(": ")
+        self.stage, self.done, self.total, self.detail = stage, done, total, detail
+
+    def _check(self) -> bool:
+        """Raises where the run is to end; it never lets the pruner end by itself."""
+        if self._stop.is_set():
+            raise Stopped
+        if time.monotonic() > self._deadline:
+            raise TimeoutError(
+                f"The run took longer than the {SECONDS:,} s that this page allows; take fewer samples."
+            )
+        return False
+
+
+def plan_text(pruner: CalibPruner) -> str:
+    """What a run will do, in a few lines of Markdown."""
+    plan = pruner.plan()
+    memory = sum(plan.memory.values()) / 2**20
+    written = f" The model writes {plan.written:,} tokens first." if plan.written else ""
+    return (
+        f"**{plan.modules} linear layers** in {plan.blocks} blocks, {plan.weights / 1e6:,.1f} million weights, to "
+        f"**{plan.pattern}**. Calibrated on {plan.samples} × {plan.length} tokens (`{plan.mix}` of "
+        f"{', '.join(plan.sources)}).{written} Memory: **{memory:,.0f} MiB**. Pruning takes about "
+        f"**{max(1, round(plan.seconds)):,} s**; measuring before and after comes on top "
+        f"({', '.join(plan.capabilities) or 'nothing is measured'})."
+    )
+
+
+def plan_of(job: Job, root: Path) -> str:
+    """The plan of a job that is not started. Raises what `CalibPruner.from_pretrained` does."""
+    check_size(job.model)
+    with tempfile.TemporaryDirectory(dir=root) as cache:
+        return plan_text(CalibPruner.from_pretrained(job.model, cache_dir=cache, **job.options))
+
+
+def sentence(error: BaseException, folder: Path | None = None) -> str:
+    """An error as one sentence or two, without a path of this machine."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if folder is not None:
+        text = text.partition(f" {folder}")[0]
+    return PATHS.sub("(a file)", text)[:400]
+
+
+@dataclass
+class Visitor:
+    """What belongs to one session: at most one run, and with it one folder."""
+
+    run: Run | None = None
+    seen: float = field(default_factory=time.monotonic)
+
+
+class Visitors:
+    """All sessions, by their key, and the folder below which theirs are. A key is never part of a path."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._visitors: dict[str, Visitor] = {}
+        self._lock = threading.Lock()
+        shutil.rmtree(root, ignore_errors=True)  # of a server that was killed
+        root.mkdir(parents=True, mode=0o700)
+
+    def begin(self, key: str, job: Job) -> Run:
+        """A new run of a visitor, in place of the one before; `ValueError` while that is going on."""
+        self._forget_old()
+        with self._lock:
+            visitor = self._visitors.setdefault(key, Visitor())
+            earlier = visitor.run
+            if earlier is not None and not earlier.finished:
+                raise ValueError("You have a run going on; wait for its end, or stop it first.")
+            run = visitor.run = Run(job, Path(tempfile.mkdtemp(dir=self.root)))
+            visitor.seen = time.monotonic()
+        if earlier is not None:
+            shutil.rmtree(earlier.folder, ignore_errors=True)
+        run.start()
+        return run
+
+    def result(self, key: str) -> Run:
+        """The finished run of a visitor; `ValueError` where there is none."""
+        visitor = self._visitors.get(key)
+        if visitor is None or visitor.run is None or visitor.run.record is None:
+            raise ValueError("There is no result yet in this session; prune a model first.")
+        visitor.seen = time.monotonic()
+        return visitor.run
+
+    def stop(self, key: str) -> bool:
+        """Stops the run of a visitor; whether there was one going on."""
+        visitor = self._visitors.get(key)
+        run = visitor.run if visitor is not None else None
+        if run is None or run.finished:
+            return False
+        run.stop()
+        return True
+
+    def leave(self, key: str) -> None:
+        """Stops what a visitor has running, and removes their folder."""
+        with self._lock:
+            visitor = self._visitors.pop(key, None)
+        if visitor is not None and visitor.run is not None:
+            visitor.run.stop()
+            shutil.rmtree(visitor.run.folder, ignore_errors=True)
+
+    def _forget_old(self) -> None:
+        limit = time.monotonic() - KEPT_SECONDS
+        for key in [key for key, visitor in list(self._visitors.items()) if visitor.seen < limit]:
+            self.leave(key)
