@@ -19,10 +19,10 @@ os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it
 import figures  # noqa: E402
 import gradio as gr  # noqa: E402
 from huggingface_hub import get_token  # noqa: E402
-from limits import CAPABILITIES, MIXES, POCKET, SAMPLES, SPARSITIES, WAITING, Job, checked, checked_repo  # noqa: E402
-from runs import EXPECTED, Run, Visitors, plan_of, sentence  # noqa: E402
+from limits import CAPABILITIES, KEPT_SECONDS, MIXES, POCKET, SAMPLES, SPARSITIES, WAITING, Job, checked, checked_repo  # noqa: E402
 
 from optimum_calibprune import calibration_sources, push_folder  # noqa: E402
+from runs import EXPECTED, Run, Visitors, plan_of, sentence  # noqa: E402
 
 
 HERE = Path(__file__).parent
@@ -42,7 +42,8 @@ def theme() -> gr.themes.Base:
 
 def build_demo(visitors: Visitors, login: bool = False) -> gr.Blocks:
     """The page and its API. With `login` there is a button that logs in at the Hub, which works on a Space only."""
-    with gr.Blocks(title="CalibPrune", delete_cache=(60, 600)) as demo:
+    with gr.Blocks(title="CalibPrune", delete_cache=(60, KEPT_SECONDS)) as demo:
+        _api(visitors)  # before the page's own events, which would take the names
         gr.Markdown(ABOUT, elem_classes="cp-title")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -55,7 +56,6 @@ def build_demo(visitors: Visitors, login: bool = False) -> gr.Blocks:
             push = _push(login)
         view = {"plan": plan, "status": status, "go": go, "look": look, "stop": stop, "result": result, **shown}
         _connect(visitors, form, view, push, login)
-        _api(visitors)
         demo.unload(_leave(visitors))
     return demo.queue(max_size=WAITING, default_concurrency_limit=8)
 
@@ -149,11 +149,16 @@ def _connect(visitors: Visitors, form: list[Any], view: dict[str, Any], push: li
             "look": gr.update(interactive=False),
             "stop": gr.update(visible=True),
         }
-        return update(plan="", status=figures.waiting(), result=gr.update(visible=False), **busy)
+        return update(plan="", status=figures.waiting(), **busy)
 
-    def prune(*values: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def wait_for_result() -> dict[Any, Any]:
+        return wait() | update(result=gr.update(visible=False))
+
+    def prune(
+        model: str, mix: str, sources: list, sparsity: str, samples: int, measured: list, request: gr.Request
+    ) -> Iterator[dict[Any, Any]]:
         try:
-            run = visitors.begin(_key(request), checked(*values))
+            run = visitors.begin(_key(request), checked(model, mix, sources, sparsity, samples, measured))
         except ValueError as error:
             yield idle(sentence(error))
             return
@@ -170,7 +175,7 @@ def _connect(visitors: Visitors, form: list[Any], view: dict[str, Any], push: li
             table=figures.table(record),
             heat_map=figures.heat_map(record),
             card=figures.card(run.folder / "model"),
-            download=gr.update(value=str(next(run.folder.glob("*.zip")))),
+            download=gr.update(value=str(next(run.shelf.glob("*.zip")))),
         )
 
     def show_plan(*values: Any) -> dict[Any, Any]:
@@ -187,11 +192,15 @@ def _connect(visitors: Visitors, form: list[Any], view: dict[str, Any], push: li
 
     everything = list(view.values())
     quiet = {"show_progress": "hidden", **PRIVATE}
-    asked = view["go"].click(wait, None, everything, queue=False, **quiet)
-    running = asked.then(_with_request(prune, len(form)), form, everything, **TURN, **quiet)
-    view["look"].click(wait, None, everything, queue=False, **quiet).then(show_plan, form, everything, **TURN, **quiet)
-    view["stop"].click(halt, None, everything, cancels=[running], queue=False, **quiet)
-    button, said, *fields = push
+    fields = {"inputs": form, "outputs": everything, **TURN, **quiet}
+    pruned = view["go"].click(wait_for_result, None, everything, queue=False, **quiet).then(prune, **fields)
+    planned = view["look"].click(wait, None, everything, queue=False, **quiet).then(show_plan, **fields)
+    view["stop"].click(halt, None, everything, cancels=[pruned, planned], queue=False, **quiet)
+    for event in (pruned, planned):
+        event.failure(
+            lambda: idle("This did not work: the queue may be full. Try again later."), None, everything, **quiet
+        )
+    button, said, *entered = push
 
     def upload(
         repo: str, token: str, private: bool, create_pr: bool, request: gr.Request, owner: str | None = None
@@ -207,23 +216,16 @@ def _connect(visitors: Visitors, form: list[Any], view: dict[str, Any], push: li
     ) -> str:
         return upload(repo, token, private, create_pr, request, oauth.token if oauth is not None else None)
 
-    button.click(upload_logged_in if login else upload, fields, said, **PRIVATE)
-
-
-def _with_request(handler: Any, count: int) -> Any:
-    """A handler of the form's fields, with a signature in which gradio finds the request."""
-    assert count == 6
-
-    def handle(
-        model: str, mix: str, sources: list, sparsity: str, samples: int, measured: list, request: gr.Request
-    ) -> Iterator[dict[Any, Any]]:
-        yield from handler(model, mix, sources, sparsity, samples, measured, request=request)
-
-    return handle
+    button.click(upload_logged_in if login else upload, entered, said, **PRIVATE)
 
 
 def _key(request: gr.Request) -> str:
-    return str(request.session_hash)
+    """What tells a visitor from all others."""
+    if not request.session_hash:
+        raise gr.Error(
+            "This needs a session, so that nobody gets your result: call it with gradio_client.", print_exception=False
+        )
+    return request.session_hash
 
 
 def _leave(visitors: Visitors) -> Any:
@@ -311,7 +313,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing stays behind then, either
     shutil.rmtree(ROOT, ignore_errors=True)  # of a server that was killed
     login = bool(os.environ.get("SPACE_ID") or get_token())
-    demo = build_demo(Visitors(ROOT / "visitors"), login)
+    demo = build_demo(Visitors(ROOT / "visitors", ROOT / "files"), login)
     try:
         demo.launch(
             theme=theme(), css_paths=HERE / "style.css", max_file_size="1kb", ssr_mode=False, footer_links=["api"]

@@ -27,6 +27,7 @@ WEIGHT_BYTES = 2**30  # of a model's checkpoint
 SECONDS = 900  # a run
 WAITING = 20  # runs in the queue
 KEPT_SECONDS = 3600  # a result, after which its folder goes
+KEPT_RESULTS = 8  # at once, the latest; one a visitor
 NAME_CHARACTERS = 96
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

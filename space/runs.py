@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -12,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from limits import KEPT_SECONDS, SECONDS, Job, check_size
+from limits import KEPT_RESULTS, KEPT_SECONDS, SECONDS, Job, check_size
 
 from optimum_calibprune import CalibPruner, RunRecord
 
@@ -24,16 +25,17 @@ STOPPED = "The run was stopped, and nothing of it is left."
 
 
 class Stopped(Exception):
-    """The visitor has stopped the run, or has left."""
+    """The run ends before its end; its text says why. Not an OSError, which the package may try again."""
 
 
 @dataclass
 class Run:
     """One job in a thread of its own. `stage`, `done` and `total` tell where it is; in the end there is a `record` with the
-    `folder` that holds the pruned model, or an `error` in one sentence."""
+    `folder` that holds the pruned model and the `shelf` for its archive, or an `error` in one sentence."""
 
     job: Job
     folder: Path
+    shelf: Path
     plan_text: str = ""
     stage: str = "load"
     done: int = 0
@@ -60,6 +62,11 @@ class Run:
         if self._thread is not None:
             self._thread.join(wait)
 
+    def remove(self) -> None:
+        """Removes all that it has written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.shelf, ignore_errors=True)
+
     def wait(self, seconds: float) -> bool:
         """Whether it is still going after that time."""
         assert self._thread is not None
@@ -69,14 +76,14 @@ class Run:
     def _run(self) -> None:
         try:
             self._prune()
-        except Stopped:
-            self.error = STOPPED
+        except Stopped as stopped:
+            self.error = str(stopped)
         except EXPECTED as error:
             self.error = sentence(error, self.folder)
         finally:
             if self.record is None:
                 self.error = self.error or "The run failed in a way that nobody expected; try other settings."
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.remove()
             gc.collect()
 
     def _prune(self) -> None:
@@ -91,7 +98,8 @@ class Run:
         pruner.save_pretrained(self.folder / "model")
         shutil.rmtree(cache, ignore_errors=True)
         name = f"{self.job.model.split('/')[-1]}-{self.job.sparsity.strip('%').replace(':', 'of')}"
-        shutil.make_archive(str(self.folder / name), "zip", self.folder / "model")
+        self.shelf.mkdir(parents=True)
+        shutil.make_archive(str(self.shelf / name), "zip", self.folder / "model")
         self._progress(1, 1, "save")
         self.record = record
 
@@ -103,7 +111,7 @@ class Run:
     def _check(self) -> bool:
         """Raises where the run is to end; it never lets the pruner end by itself."""
         if self._stop.is_set():
-            raise Stopped
+            raise Stopped(STOPPED)
         if time.monotonic() > self._deadline:
             raise TimeoutError(
                 f"The run took longer than the {SECONDS:,} s that this page allows; take fewer samples."
@@ -149,10 +157,11 @@ class Visitor:
 
 
 class Visitors:
-    """All sessions, by their key, and the folder below which theirs are. A key is never part of a path."""
+    """All sessions, by their key; their folders are below `root`, and below `files`, which is served, archives in folders
+    whose names nobody can guess. A key is never part of a path."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, files: Path) -> None:
+        self.root, self.files = root, files
         self._visitors: dict[str, Visitor] = {}
         self._lock = threading.Lock()
         shutil.rmtree(root, ignore_errors=True)  # of a server that was killed
@@ -166,10 +175,10 @@ class Visitors:
             earlier = visitor.run
             if earlier is not None and not earlier.finished:
                 raise ValueError("You have a run going on; wait for its end, or stop it first.")
-            run = visitor.run = Run(job, Path(tempfile.mkdtemp(dir=self.root)))
+            run = visitor.run = Run(job, Path(tempfile.mkdtemp(dir=self.root)), self.files / secrets.token_urlsafe(16))
             visitor.seen = time.monotonic()
         if earlier is not None:
-            shutil.rmtree(earlier.folder, ignore_errors=True)
+            earlier.remove()
         run.start()
         return run
 
@@ -196,9 +205,12 @@ class Visitors:
             visitor = self._visitors.pop(key, None)
         if visitor is not None and visitor.run is not None:
             visitor.run.stop()
-            shutil.rmtree(visitor.run.folder, ignore_errors=True)
+            visitor.run.remove()
 
     def _forget_old(self) -> None:
+        """Those who have not come back for long, and of the others who have a result all but the latest."""
         limit = time.monotonic() - KEPT_SECONDS
-        for key in [key for key, visitor in list(self._visitors.items()) if visitor.seen < limit]:
+        latest = sorted(self._visitors.items(), key=lambda entry: entry[1].seen, reverse=True)
+        done = [key for key, visitor in latest if visitor.run is not None and visitor.run.finished]
+        for key in {key for key, visitor in latest if visitor.seen < limit} | set(done[KEPT_RESULTS:]):
             self.leave(key)

@@ -33,8 +33,12 @@ class Server:
 
     @property
     def visitors(self) -> list[Path]:
-        """The private folders that there are."""
-        return list((self.temporary / "calibprune-space" / "visitors").iterdir())
+        """The private folders that there are, those of archives among them."""
+        kinds = ("visitors", "files")
+        found = [path for kind in kinds for path in (self.temporary / "calibprune-space" / kind).glob("*")]
+        return [
+            path for path in found if path.name != "vibe_edit_history"
+        ]  # which gradio makes, and which stays empty
 
     def wait_for_no_visitors(self, seconds: float = 90.0) -> None:
         until = time.monotonic() + seconds

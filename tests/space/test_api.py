@@ -80,7 +80,7 @@ def test_a_stranger_sees_nothing_of_another(server: Server, client: gradio_clien
     other = connect(server)
     assert "no result yet in this session" in failure(other, "me/stolen", TOKEN, api_name="/push")
     assert other.predict(api_name="/stop") is False
-    [folder] = server.visitors
+    [folder] = [path for path in server.visitors if path.parent.name == "visitors"]
     for path in (folder / "model" / "model.safetensors", folder, Path("/etc/passwd"), f"{folder}/../../files"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{server.url}/gradio_api/file={path}")
@@ -107,6 +107,14 @@ def test_errors_are_one_sentence(server: Server, client: gradio_client.Client, c
     assert len(text) < 500
     assert "Traceback" not in text
     assert str(server.temporary) not in text
+
+
+def test_a_call_without_a_session_is_refused(server: Server) -> None:
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/gradio_api/run/stop", b'{"data": []}', kind)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert "needs a session" in refused.value.read().decode()
 
 
 def test_files_cannot_be_left_on_the_server(server: Server, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
-import runs
 from limits import Job
+
+import runs
 from runs import Visitors, sentence
 
 
@@ -30,7 +31,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
 
 def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Path) -> None:
     (tmp_path / "visitors" / "left-behind").mkdir(parents=True)
-    visitors = Visitors(tmp_path / "visitors")
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     assert list(visitors.root.iterdir()) == []
     run = visitors.begin("one", QUICK)
     with pytest.raises(ValueError, match="You have a run going on"):
@@ -41,19 +42,20 @@ def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Pa
     assert run.record.prune.zeros / run.record.prune.weights == pytest.approx(0.5, abs=0.01)
     assert "42 linear layers" in run.plan_text
     assert visitors.result("one") is run
-    assert {path.name for path in run.folder.iterdir()} == {"model", "pocket-50.zip"}
+    assert {path.name for path in run.folder.iterdir()} == {"model"}
+    assert [path.name for path in run.shelf.iterdir()] == ["pocket-50.zip"]
     for other in ("two", "", "../one", str(run.folder)):
         with pytest.raises(ValueError, match="no result yet in this session"):
             visitors.result(other)
         visitors.leave(other)
     assert run.folder.exists()
     visitors.leave("one")
-    assert list(visitors.root.iterdir()) == []
+    assert list(visitors.root.iterdir()) == list(visitors.files.iterdir()) == []
 
 
 @pytest.mark.parametrize("stage", ["load", "measure dense", "prune"])
 def test_a_run_stops_in_every_stage(stage: str, tmp_path: Path) -> None:
-    visitors = Visitors(tmp_path / "visitors")
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.begin("one", QUICK)
     wait_until(lambda: run.stage == stage or run.finished)
     assert visitors.stop("one")
@@ -66,21 +68,28 @@ def test_a_run_stops_in_every_stage(stage: str, tmp_path: Path) -> None:
 
 def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "SECONDS", 0.01)
-    visitors = Visitors(tmp_path / "visitors")
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.begin("one", QUICK)
     wait_until(lambda: run.finished)
     assert "longer than" in run.error
     assert list(visitors.root.iterdir()) == []
 
 
-def test_old_results_go_when_somebody_else_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    visitors = Visitors(tmp_path / "visitors")
-    visitors.begin("one", QUICK)
-    visitors.stop("one")
-    monkeypatch.setattr(runs, "KEPT_SECONDS", -1)
+@pytest.mark.parametrize("limit", [("KEPT_SECONDS", -1), ("KEPT_RESULTS", 0)])
+def test_old_results_go_when_somebody_else_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, int]
+) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    first = visitors.begin("one", QUICK)
+    while first.wait(1.0):
+        pass
+    assert visitors.result("one") is first
+    monkeypatch.setattr(runs, *limit)
     visitors.begin("two", QUICK)
     with pytest.raises(ValueError, match="no result"):
         visitors.result("one")
+    assert not first.folder.exists()
+    assert not first.shelf.exists()
     visitors.leave("two")
 
 
