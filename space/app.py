@@ -18,7 +18,6 @@ os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it
 
 import figures  # noqa: E402
 import gradio as gr  # noqa: E402
-from huggingface_hub import get_token  # noqa: E402
 from limits import CAPABILITIES, KEPT_SECONDS, MIXES, POCKET, SAMPLES, SPARSITIES, WAITING, Job, checked, checked_repo  # noqa: E402
 
 from optimum_calibprune import calibration_sources, push_folder  # noqa: E402
@@ -117,6 +116,7 @@ def _push(login: bool) -> list[Any]:
         repo = gr.Textbox(label="Repo", elem_id="repo", placeholder="you/pocket-50", max_length=96)
         token = gr.Textbox(
             label="Your token",
+            elem_id="token",
             type="password",
             max_length=200,
             info="with the right to write; used once, kept nowhere",
@@ -312,8 +312,8 @@ def _api(visitors: Visitors) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing stays behind then, either
     shutil.rmtree(ROOT, ignore_errors=True)  # of a server that was killed
-    login = bool(os.environ.get("SPACE_ID") or get_token())
-    demo = build_demo(Visitors(ROOT / "visitors", ROOT / "files"), login)
+    on_a_space = "SPACE_ID" in os.environ  # elsewhere the button would hand out the token of whoever runs this
+    demo = build_demo(Visitors(ROOT / "visitors", ROOT / "files"), login=on_a_space)
     try:
         demo.launch(
             theme=theme(), css_paths=HERE / "style.css", max_file_size="1kb", ssr_mode=False, footer_links=["api"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from optimum_calibprune import pocket
 from tests.hub_server import STRANGER_TOKEN, TOKEN
 from tests.space.server import Server, serve
 
@@ -73,6 +74,15 @@ def test_a_script_plans_prunes_and_pushes_under_its_own_name(server: Server, cli
         assert "/tmp" not in text
         assert token not in text or not token
     assert ("model", "me/other") not in server.hub.repos
+
+
+def test_a_model_of_the_hub_is_pruned_and_nothing_of_it_is_run(server: Server, client: gradio_client.Client) -> None:
+    files = {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()}
+    server.hub.add_repo("owner/tiny", files | {"evil.py": b"raise SystemExit"})
+    record = client.predict("owner/tiny", "igsp", samples=4, api_name="/prune")
+    assert record["base"]["name"] == "owner/tiny"
+    assert record["prune"]["layers"]
+    assert "runs only with allow_code_execution" in record["capabilities"]["not_measured"]["code"]
 
 
 def test_a_stranger_sees_nothing_of_another(server: Server, client: gradio_client.Client) -> None:
