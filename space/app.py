@@ -21,7 +21,7 @@ import gradio as gr  # noqa: E402
 from limits import CAPABILITIES, KEPT_SECONDS, MIXES, POCKET, SAMPLES, SPARSITIES, WAITING, Job, checked, checked_repo  # noqa: E402
 
 from optimum_calibprune import calibration_sources, push_folder  # noqa: E402
-from runs import EXPECTED, Run, Visitors, plan_of, sentence  # noqa: E402
+from runs import EXPECTED, STOPPED, Run, Visitors, plan_of, sentence  # noqa: E402
 
 
 HERE = Path(__file__).parent
@@ -144,15 +144,12 @@ def _connect(visitors: Visitors, form: list[Any], view: dict[str, Any], push: li
         return update(status=figures.message(text, kind), **ready)
 
     def wait() -> dict[Any, Any]:
-        busy = {
-            "go": gr.update(interactive=False),
-            "look": gr.update(interactive=False),
-            "stop": gr.update(visible=True),
-        }
+        busy = {"go": gr.update(interactive=False), "look": gr.update(interactive=False)}
         return update(plan="", status=figures.waiting(), **busy)
 
-    def wait_for_result() -> dict[Any, Any]:
-        return wait() | update(result=gr.update(visible=False))
+    def wait_for_result(request: gr.Request) -> dict[Any, Any]:
+        visitors.expect(_key(request))
+        return wait() | update(result=gr.update(visible=False), stop=gr.update(visible=True))
 
     def prune(
         model: str, mix: str, sources: list, sparsity: str, samples: int, measured: list, request: gr.Request
@@ -165,7 +162,7 @@ def _connect(visitors: Visitors, form: list[Any], view: dict[str, Any], push: li
         while run.wait(EVERY):
             yield update(plan=run.plan_text, status=figures.progress(run.stage, run.done, run.total, run.detail))
         if run.record is None:
-            yield idle(run.error)
+            yield idle(run.error, "note" if run.error == STOPPED else "error")
             return
         record = run.record
         yield idle("Done. The result stands below.", "note") | update(
@@ -187,15 +184,15 @@ def _connect(visitors: Visitors, form: list[Any], view: dict[str, Any], push: li
             return idle(sentence(error))
 
     def halt(request: gr.Request) -> dict[Any, Any]:
-        visitors.stop(_key(request))
-        return idle("Stopped; nothing of the run is left.", "note")
+        visitors.decline(_key(request))
+        return idle(STOPPED, "note")
 
     everything = list(view.values())
     quiet = {"show_progress": "hidden", **PRIVATE}
     fields = {"inputs": form, "outputs": everything, **TURN, **quiet}
     pruned = view["go"].click(wait_for_result, None, everything, queue=False, **quiet).then(prune, **fields)
     planned = view["look"].click(wait, None, everything, queue=False, **quiet).then(show_plan, **fields)
-    view["stop"].click(halt, None, everything, cancels=[pruned, planned], queue=False, **quiet)
+    view["stop"].click(halt, None, everything, queue=False, **quiet)
     for event in (pruned, planned):
         event.failure(
             lambda: idle("This did not work: the queue may be full. Try again later."), None, everything, **quiet
@@ -279,8 +276,8 @@ def _api(visitors: Visitors) -> None:
         samples: int = 16,
         capabilities: list[str] | None = None,
         request: gr.Request = None,  # type: ignore[assignment]
-    ) -> dict[str, Any]:
-        """Prunes a model and measures what was kept; the answer is the record of the run. One run at a time."""
+    ) -> str:
+        """Prunes a model and measures what was kept; the answer is the record of the run as JSON. One run at a time."""
         try:
             asked = job(model, mix, sources, sparsity, samples, capabilities or CAPABILITIES)
             run = visitors.begin(_key(request), asked)
@@ -290,7 +287,7 @@ def _api(visitors: Visitors) -> None:
             pass
         if run.record is None:
             raise gr.Error(run.error, print_exception=False)
-        return run.record.to_dict()
+        return run.record.to_json()  # a client would take what a dict calls a path for a file
 
     def stop(request: gr.Request) -> bool:
         """Stops the run of this session; whether there was one."""

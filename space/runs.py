@@ -106,7 +106,8 @@ class Run:
     def _progress(self, done: int, total: int, text: str) -> None:
         self._check()
         stage, _, detail = text.partition(": ")
-        self.stage, self.done, self.total, self.detail = stage, done, total, detail
+        self.stage = stage if stage in STAGES else self.stage  # perplexity is a part of measuring
+        self.done, self.total, self.detail = done, total, detail
 
     def _check(self) -> bool:
         """Raises where the run is to end; it never lets the pruner end by itself."""
@@ -163,6 +164,7 @@ class Visitors:
     def __init__(self, root: Path, files: Path) -> None:
         self.root, self.files = root, files
         self._visitors: dict[str, Visitor] = {}
+        self._declined: set[str] = set()
         self._lock = threading.Lock()
         shutil.rmtree(root, ignore_errors=True)  # of a server that was killed
         root.mkdir(parents=True, mode=0o700)
@@ -170,6 +172,8 @@ class Visitors:
     def begin(self, key: str, job: Job) -> Run:
         """A new run of a visitor, in place of the one before; `ValueError` while that is going on."""
         self._forget_old()
+        if key in self._declined:
+            raise ValueError(STOPPED)
         with self._lock:
             visitor = self._visitors.setdefault(key, Visitor())
             earlier = visitor.run
@@ -199,9 +203,19 @@ class Visitors:
         run.stop()
         return True
 
+    def expect(self, key: str) -> None:
+        """A visitor asks for a run, whose turn comes later."""
+        self._declined.discard(key)
+
+    def decline(self, key: str) -> None:
+        """A visitor does not want it any more, whether its turn has come or not."""
+        if not self.stop(key):
+            self._declined.add(key)
+
     def leave(self, key: str) -> None:
         """Stops what a visitor has running, and removes their folder."""
         with self._lock:
+            self._declined.discard(key)
             visitor = self._visitors.pop(key, None)
         if visitor is not None and visitor.run is not None:
             visitor.run.stop()

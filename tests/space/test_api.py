@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_calibprune import pocket
+from optimum_calibprune import RunRecord, pocket
 from tests.hub_server import STRANGER_TOKEN, TOKEN
 from tests.space.server import Server, serve
 
@@ -53,9 +53,9 @@ def test_a_script_plans_prunes_and_pushes_under_its_own_name(server: Server, cli
     plan = client.predict(**QUICK, api_name="/plan")
     assert "42 linear layers" in plan
     assert "MiB" in plan
-    record = client.predict(**QUICK, sparsity="60%", api_name="/prune")
-    assert record["capabilities"]["total"] > 0
-    assert record["config"]["sparsity"] == "60%"
+    record = RunRecord.from_json(client.predict(**QUICK, sparsity="60%", api_name="/prune"))
+    assert record.capabilities.total > 0
+    assert str(record.config.sparsity) == "60%"
     url = client.predict("me/pocket-60", TOKEN, True, api_name="/push")
     assert url.startswith(server.hub.url)
     assert {"model.safetensors", "calibprune.json", "README.md"} <= set(server.hub.files("me/pocket-60"))
@@ -79,10 +79,10 @@ def test_a_script_plans_prunes_and_pushes_under_its_own_name(server: Server, cli
 def test_a_model_of_the_hub_is_pruned_and_nothing_of_it_is_run(server: Server, client: gradio_client.Client) -> None:
     files = {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()}
     server.hub.add_repo("owner/tiny", files | {"evil.py": b"raise SystemExit"})
-    record = client.predict("owner/tiny", "igsp", samples=4, api_name="/prune")
-    assert record["base"]["name"] == "owner/tiny"
-    assert record["prune"]["layers"]
-    assert "runs only with allow_code_execution" in record["capabilities"]["not_measured"]["code"]
+    record = RunRecord.from_json(client.predict("owner/tiny", "igsp", samples=4, api_name="/prune"))
+    assert record.base.name == "owner/tiny"
+    assert len(record.prune.layers) == 42
+    assert "runs only with allow_code_execution" in record.capabilities.not_measured["code"]
 
 
 def test_a_stranger_sees_nothing_of_another(server: Server, client: gradio_client.Client) -> None:
@@ -149,7 +149,7 @@ def test_ten_jobs_finish_in_order_and_leave_nothing(server: Server) -> None:
         jobs.append(job)
         time.sleep(0.3)  # so that they arrive in this order
     wait(jobs)
-    assert [job.result()["config"]["sparsity"] for job in jobs] == ["30%", "70%"] * 5
+    assert [str(RunRecord.from_json(job.result()).config.sparsity) for job in jobs] == ["30%", "70%"] * 5
     assert ended == list(range(10))
     for client in clients:
         client.close()

@@ -53,17 +53,29 @@ def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Pa
     assert list(visitors.root.iterdir()) == list(visitors.files.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["load", "measure dense", "prune"])
+@pytest.mark.parametrize("stage", ["load", "read", "prune", "measure sparse"])
 def test_a_run_stops_in_every_stage(stage: str, tmp_path: Path) -> None:
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.begin("one", QUICK)
-    wait_until(lambda: run.stage == stage or run.finished)
+    wait_until(lambda: runs.STAGES.index(run.stage) >= runs.STAGES.index(stage))
     assert visitors.stop("one")
     assert not run.wait(0)
     assert run.record is None
     assert run.error == runs.STOPPED
     assert list(visitors.root.iterdir()) == []
     assert not visitors.stop("one"), "there is none any more"
+
+
+def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    visitors.expect("one")
+    visitors.decline("one")
+    with pytest.raises(ValueError, match="was stopped"):
+        visitors.begin("one", QUICK)
+    visitors.expect("one")
+    visitors.begin("one", QUICK)
+    visitors.decline("one")
+    assert list(visitors.root.iterdir()) == []
 
 
 def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
