@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/pocket-50
 RELEASED := .venv-release
+SPACE := .venv-space
 
-.PHONY: demo test check style wheel docs release-check clean
+.PHONY: demo test check style wheel docs space space-bundle release-check clean
 
 demo: $(INSTALLED)  ## prune the bundled pocket model and show what each capability kept
 	HF_HUB_OFFLINE=1 $(BIN)/optimum-cli calibprune prune pocket --sparsity 50% --output $(RUN) --overwrite
@@ -29,6 +30,19 @@ docs: $(INSTALLED)  ## build the documentation pages into site/
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python -m mkdocs build --strict
 
+space: $(INSTALLED)  ## run the Space on this machine
+	$(BIN)/python space/app.py
+
+space-bundle: $(INSTALLED)  ## write the folder that is uploaded as a Space, and start it in an environment of its own
+	rm -rf dist $(SPACE)
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/python .ci/space_bundle.py dist/*.whl dist/space
+	$(PYTHON) -m venv $(SPACE)
+	$(SPACE)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(SPACE)/bin/python -m pip install --quiet --constraint constraints.txt --requirement dist/space/requirements.txt "gradio[oauth]"
+	$(SPACE)/bin/python -m pip check
+	$(SPACE)/bin/python .ci/space_starts.py dist/space
+
 release-check: $(INSTALLED)  ## build sdist and wheel, check them, and run the wheel in an environment of its own
 	rm -rf dist $(RELEASED)
 	$(BIN)/python -m build --no-isolation --outdir dist
@@ -47,4 +61,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) $(RELEASED) runs dist build site
+	rm -rf $(VENV) $(RELEASED) $(SPACE) runs dist build site

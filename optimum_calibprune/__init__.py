@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .choices import calibration_sources as calibration_sources
     from .comparing import compare_runs as compare_runs
     from .pruner import CalibPruner as CalibPruner
+    from .publishing.push import push_folder as push_folder
     from .records import CalibPruneConfig as CalibPruneConfig
     from .records import CalibrationSet as CalibrationSet
     from .records import CalibrationSource as CalibrationSource
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "calibration_sources": "choices",
     "compare_runs": "comparing",
     "CalibPruner": "pruner",
+    "push_folder": "publishing.push",
     "CalibPruneConfig": "records",
     "CalibrationSet": "records",
     "CalibrationSource": "records",
@@ -35,7 +39,9 @@ __all__ = [
     "CalibrationSource",
     "RunRecord",
     "SparsityPattern",
+    "calibration_sources",
     "compare_runs",
+    "push_folder",
 ]
 
 

@@ -47,6 +47,12 @@ def listed(sources: Sources | str | Path | CalibrationSource) -> Sources:
     return [str(source) if isinstance(source, Path) else source for source in several]
 
 
+def calibration_sources(model: str = pocket.NAME) -> dict[str, CalibrationSource]:
+    """The calibration sources that have a name, with capability, licence and where they are: those of the bundled model
+    for `"pocket"`, those on the Hub for any other."""
+    return pocket.sources() if model == pocket.NAME else dict(SOURCES)
+
+
 def source_names(sources: Sources) -> tuple[str, ...]:
     """What the config keeps of sources that may hold data."""
     if isinstance(sources, Mapping):

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "cli_compare": {"records", "comparing", "terminal"},
     "terminal": set(),
     "cli": {"terminal", "records", "pruner", "pocket", "calibration", "publishing", "cli_study", "cli_compare"},
-    "__init__": {"pruner", "records", "comparing"},
+    "__init__": {"pruner", "records", "comparing", "choices", "publishing"},
     "_optimum_register": {"cli"},
 }
 HOMES = {  # each heavy library has one home

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,21 @@ def test_the_wheel_holds_code_data_template_and_registration(wheel: Path) -> Non
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/")) or n == "optimum/__init__.py"]
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "optimum_calibprune").rglob("*.py")}
     assert sources - names == {"optimum_calibprune/_optimum_register.py"}, "that one is moved to where optimum looks"
+
+
+def test_the_folder_of_the_space_holds_the_package_and_names_what_both_need(wheel: Path, tmp_path: Path) -> None:
+    script = str(ROOT / ".ci" / "space_bundle.py")
+    subprocess.run([sys.executable, script, str(wheel), str(tmp_path / "space")], check=True, capture_output=True)
+    found = {path.relative_to(tmp_path / "space").as_posix() for path in (tmp_path / "space").rglob("*")}
+    assert {"app.py", "README.md", "optimum_calibprune/pocket/model/model.safetensors"} <= found
+    required = (tmp_path / "space" / "requirements.txt").read_text().splitlines()
+    assert {"torch>=2.10", "matplotlib>=3.9"} <= set(required)
+    assert not [
+        line for line in required if ";" in line or line.startswith(("pytest", "gradio", "optimum-calibprune"))
+    ]
+    front = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---\n")[1])
+    assert (front["sdk"], front["app_file"]) == ("gradio", "app.py")
+    assert f"gradio=={front['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 @pytest.fixture

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a visitor may ask for: every value of the form is checked here, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import httpx
+
+from optimum_calibprune import calibration_sources
+
+
+POCKET = "pocket"
+CAPABILITIES = ("general", "commonsense", "code", "math")
+MIXES = {"uniform": "texts from sources, in equal parts", "igsp": "written by the model, selected"}
+SPARSITIES = ("30%", "40%", "50%", "60%", "70%", "2:4", "4:8")
+
+SAMPLES = (4, 64)
+LENGTH = 256  # tokens in a sample
+SOURCES = 8  # at once
+ITEMS = 20  # of each benchmark; the pocket's probes are measured as a whole
+WEIGHT_BYTES = 2**30  # of a model's checkpoint
+SECONDS = 900  # a run
+WAITING = 20  # runs in the queue
+KEPT_SECONDS = 3600  # a result, after which its folder goes
+KEPT_RESULTS = 8  # at once, the latest; one a visitor
+NAME_CHARACTERS = 96
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+REPO_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was asked for, within the limits."""
+
+    model: str = POCKET
+    mix: str = "uniform"
+    sources: tuple[str, ...] = ()
+    sparsity: str = "50%"
+    samples: int = 16
+    capabilities: tuple[str, ...] = CAPABILITIES
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `CalibPruner.from_pretrained`: no code of a model's repo, no pickles, no code that it writes."""
+        asked = {"mix": self.mix, "sparsity": self.sparsity, "samples": self.samples, "length": LENGTH}
+        if self.sources:
+            asked["sources"] = list(self.sources)
+        everything = set(self.capabilities) == set(CAPABILITIES)
+        measured: Any = "auto" if everything else self.capabilities
+        if self.model == POCKET:
+            return asked | {"capabilities": measured}
+        closed = {"trust_remote_code": False, "allow_pickle": False, "allow_code_execution": False, "stream": False}
+        return asked | closed | {"capabilities": measured, "suite": "quick", "limit": ITEMS}
+
+
+def checked(
+    model: object, mix: object, sources: object, sparsity: object, samples: object, capabilities: object
+) -> Job:
+    """The job that a form describes; `ValueError` says what was given, what is allowed and what to do."""
+    name = _model_name(model)
+    _one_of("mix", mix, tuple(MIXES))
+    _one_of("sparsity", sparsity, SPARSITIES)
+    if isinstance(samples, bool) or not isinstance(samples, int | float) or samples != int(samples):
+        raise ValueError(f"The number of samples is a whole number; {_shown(samples)} was given.")
+    if not SAMPLES[0] <= samples <= SAMPLES[1]:
+        raise ValueError(f"{samples:g} samples were asked for; this page allows {SAMPLES[0]} to {SAMPLES[1]}.")
+    chosen = _several("source", sources, tuple(calibration_sources(name)))
+    if len(chosen) > SOURCES:
+        raise ValueError(f"{len(chosen)} sources were chosen; this page allows {SOURCES} at once.")
+    measured = _several("capability", capabilities, CAPABILITIES)
+    if not measured:
+        raise ValueError(f"No capability was chosen; choose at least one of {', '.join(CAPABILITIES)}.")
+    if name != POCKET and "code" in measured and len(measured) < len(CAPABILITIES):
+        raise ValueError(
+            "Code is measured for the bundled 'pocket' only: for other models this page would have to run what they write. "
+            "Leave code out, or prune on your own machine with --allow-code-execution."
+        )
+    return Job(name, str(mix), chosen, str(sparsity), int(samples), measured)
+
+
+def checked_repo(name: object) -> str:
+    """The name of a repo to push to; `ValueError` where it is none."""
+    text = name.strip() if isinstance(name, str) else ""
+    if not REPO_NAME.fullmatch(text) or _unusual(text):
+        raise ValueError(f"{_shown(name)} is no name of a repo; write one such as 'you/pocket-50', or 'pocket-50'.")
+    return text
+
+
+def check_size(model: str) -> None:
+    """Asks the Hub, as nobody in particular, how large a model is; `ValueError` where it is too large or not there."""
+    if model == POCKET:
+        return
+    try:
+        files = list(HfApi(token=False).list_repo_tree(model))
+    except (OSError, httpx.HTTPError) as error:
+        raise ValueError(
+            f"The Hub does not show a public model {model!r} here; look at its name, or take the bundled 'pocket'."
+        ) from error
+    size = sum(getattr(file, "size", 0) for file in files if file.path.endswith(".safetensors"))
+    if size > WEIGHT_BYTES:
+        raise ValueError(
+            f"{model} has {size / 2**30:,.1f} GiB of weights; this page prunes up to {WEIGHT_BYTES / 2**30:.0f} GiB. "
+            f"On your own machine: optimum-cli calibprune prune {model} --sparsity 50% --output pruned"
+        )
+
+
+def _model_name(given: object) -> str:
+    name = given.strip() if isinstance(given, str) else ""
+    if name == POCKET:
+        return name
+    if not MODEL_NAME.fullmatch(name) or _unusual(name) or Path(name).exists():
+        raise ValueError(
+            f"{_shown(given)} is no name of a model on the Hub; write one such as 'owner/name', or 'pocket'."
+        )
+    return name
+
+
+def _unusual(name: str) -> bool:
+    """What the Hub does not allow in a name."""
+    return len(name) > NAME_CHARACTERS or ".." in name or "--" in name or name.endswith((".", "-", ".git"))
+
+
+def _one_of(what: str, given: object, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f"Unknown {what} {_shown(given)}; allowed: {', '.join(allowed)}.")
+
+
+def _several(what: str, given: object, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"Give a list for {what}; {_shown(given)} was given.")
+    for entry in given:
+        _one_of(what, entry, allowed)
+    return tuple(dict.fromkeys(given))
+
+
+def _shown(given: object) -> str:
+    """What was given, short and on one line."""
+    text = " ".join(str(given).split())
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Space in a browser: the newcomer's path, and what can go wrong on it. Screenshots go to runs/space/."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import TOKEN
+from tests.space.server import Server, serve
+
+
+pytest.importorskip("gradio", reason="the Space needs gradio")
+playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")  # what Gradio says as its page goes
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    pytest.skip("the browser tests need Chromium: apt-get install chromium", allow_module_level=True)
+
+SCREENSHOTS = Path(__file__).parents[2] / "runs" / "space"
+A_RUN = 400_000  # milliseconds
+SOON = 60_000
+PHONE = {"width": 390, "height": 844}
+DESK = {"width": 1200, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("space")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(server: Server, browser: playwright.Browser) -> Iterator[Callable[..., playwright.Page]]:
+    """Opens the Space as a new visitor; in the end no console of theirs may have shown an error."""
+    errors: list[str] = []
+    contexts = []
+
+    def visit(theme: str = "light", viewport: dict = DESK, reloads: bool = False) -> playwright.Page:
+        contexts.append(browser.new_context(viewport=viewport))
+        page = contexts[-1].new_page()
+        allowed = LEAVING if reloads else ()
+
+        def keep(text: str) -> None:
+            if not any(part in text for part in allowed):
+                errors.append(text)
+
+        page.on("pageerror", lambda error: keep(str(error)))
+        page.on("console", lambda said: keep(said.text) if ours(said) else None)
+        page.goto(f"{server.url}/?__theme={theme}")
+        button(page, "Prune").wait_for(timeout=SOON)
+        return page
+
+    def ours(said: playwright.ConsoleMessage) -> bool:
+        return said.type == "error" and said.location["url"].startswith(server.url)
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def button(page: playwright.Page, name: str) -> playwright.Locator:
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def unfold(page: playwright.Page, name: str) -> None:
+    page.get_by_role("button", name=name).click()  # its name ends with an arrow
+
+
+def ask_for_little(page: playwright.Page, sparsity: str = "50%") -> None:
+    """Few samples, and only one capability measured."""
+    page.locator("#sparsity input").click()
+    page.get_by_role("option", name=sparsity).click()
+    unfold(page, "More settings")
+    for name in ("commonsense", "code", "math"):
+        page.get_by_label(name, exact=True).uncheck()
+
+
+def shoot(page: playwright.Page, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(500)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def set_theme(page: playwright.Page, theme: str) -> None:
+    page.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
+
+
+def fits(page: playwright.Page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_the_newcomers_path_leads_to_the_figure_and_to_the_hub(server: Server, visit: Callable) -> None:
+    page = visit()
+    shoot(page, "form-light")
+    page.keyboard.press("Tab")
+    button(page, "Prune").focus()
+    page.keyboard.press("Enter")  # one key, no mouse
+    page.locator(".cp-now").wait_for(timeout=SOON)
+    page.get_by_text("42 linear layers").wait_for(timeout=SOON)
+    shoot(page, "progress-light")
+    page.locator(".cp-bars").wait_for(timeout=A_RUN)
+    assert page.locator(".cp-row[role=img]").count() == 5  # four capabilities and the total
+    kept = [
+        text.rstrip(" %") for text in re.findall(r"[\d.]+ %", " ".join(page.locator(".cp-number").all_inner_texts()))
+    ]
+    assert len(kept) == 5
+    assert all(0 <= float(share) <= 150 for share in kept)
+    assert float(kept[-1]) == pytest.approx(sum(map(float, kept[:-1])) / 4, abs=0.1)
+    assert page.locator(".cp-interval").count() == 5
+    assert page.locator(".cp-heat td").count() == 42
+    shoot(page, "result-light")
+    set_theme(page, "dark")
+    shoot(page, "result-dark")
+    set_theme(page, "light")
+    page.set_viewport_size(PHONE)
+    shoot(page, "result-phone")
+    assert fits(page)
+    page.set_viewport_size(DESK)
+
+    unfold(page, "Model card")
+    page.get_by_role("heading", name="pocket at 50%").wait_for(timeout=SOON)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").or_(button(page, "Download the pruned model")).first.click()
+    assert download.value.suggested_filename == "pocket-50.zip"
+
+    page.locator("#repo textarea").fill("me/pocket-50")
+    button(page, "Push").click()
+    page.get_by_text("Log in, or give a token").wait_for(timeout=SOON)
+    page.locator("#token input").fill(TOKEN)
+    button(page, "Push").click()
+    page.get_by_text("Pushed:").wait_for(timeout=SOON)
+    assert "model.safetensors" in server.hub.files("me/pocket-50")
+
+
+@pytest.mark.parametrize("name", ["no such model", "../../etc", "<img src=x onerror=alert(1)>"])
+def test_a_bad_name_is_answered_in_one_sentence(visit: Callable, name: str) -> None:
+    page = visit()
+    page.locator("#model textarea").fill(name)
+    button(page, "Prune").click()
+    said = page.locator(".cp-error")
+    said.wait_for(timeout=SOON)
+    assert (
+        said.inner_text() == f"{name!r} is no name of a model on the Hub; write one such as 'owner/name', or 'pocket'."
+    )
+    playwright.expect(button(page, "Prune")).to_be_enabled()
+    playwright.expect(button(page, "Stop")).to_be_hidden()
+
+
+def test_stop_stops(server: Server, visit: Callable) -> None:
+    page = visit()
+    button(page, "Prune").click()
+    page.get_by_text("42 linear layers").wait_for(timeout=SOON)
+    assert server.visitors
+    button(page, "Stop").click()
+    page.get_by_text("nothing of it is left").wait_for(timeout=SOON)
+    server.wait_for_no_visitors(5)
+    assert page.locator(".cp-bars").count() == 0
+    button(page, "Show the plan").click()  # the queue is free again
+    page.get_by_text("press Prune to go on").wait_for(timeout=SOON)
+    page.get_by_text("42 linear layers").wait_for(timeout=SOON)
+
+
+def test_a_reload_ends_the_run_and_the_page_works_again(server: Server, visit: Callable) -> None:
+    page = visit(reloads=True)
+    button(page, "Prune").click()
+    page.get_by_text("42 linear layers").wait_for(timeout=SOON)
+    [folder] = server.visitors
+    page.reload()
+    button(page, "Prune").wait_for(timeout=SOON)
+    until = time.monotonic() + 60
+    while folder.exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not folder.exists()
+    ask_for_little(page)
+    button(page, "Prune").click()
+    page.locator(".cp-now").wait_for(timeout=SOON)
+    button(page, "Stop").click()
+    page.get_by_text("nothing of it is left").wait_for(timeout=SOON)
+
+
+def test_two_visitors_at_once_see_their_own_result(visit: Callable) -> None:
+    pages = {"30%": visit(), "70%": visit()}
+    for sparsity, page in pages.items():
+        ask_for_little(page, sparsity)
+        button(page, "Prune").click()
+    playwright.expect(pages["70%"].get_by_text("Waiting for a turn")).to_be_visible()
+    for sparsity, page in pages.items():
+        page.locator(".cp-bars").wait_for(timeout=A_RUN)
+        assert f"at {sparsity} sparsity" in page.locator(".cp-headline").inner_text()
+    stranger = visit()
+    assert stranger.locator(".cp-bars").count() == 0
+
+
+def test_the_form_fits_a_phone_and_has_a_dark_side(visit: Callable) -> None:
+    page = visit("dark", PHONE)
+    assert fits(page)
+    shoot(page, "form-dark-phone")
+    unfold(page, "More settings")
+    page.get_by_label("Samples").first.wait_for(timeout=SOON)
+    assert fits(page)

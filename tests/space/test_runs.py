@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in threads: they stop when asked to, leave nothing behind, and belong to one visitor."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
+
+from limits import Job
+
+import runs
+from runs import Visitors, sentence
+
+
+QUICK = Job(samples=4, capabilities=("general",))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert condition()
+
+
+def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Path) -> None:
+    (tmp_path / "visitors" / "left-behind").mkdir(parents=True)
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    assert list(visitors.root.iterdir()) == []
+    run = visitors.begin("one", QUICK)
+    with pytest.raises(ValueError, match="You have a run going on"):
+        visitors.begin("one", QUICK)
+    while run.wait(1.0):
+        pass
+    assert run.error == ""
+    assert run.record.prune.zeros / run.record.prune.weights == pytest.approx(0.5, abs=0.01)
+    assert "42 linear layers" in run.plan_text
+    assert visitors.result("one") is run
+    assert {path.name for path in run.folder.iterdir()} == {"model"}
+    assert [path.name for path in run.shelf.iterdir()] == ["pocket-50.zip"]
+    for other in ("two", "", "../one", str(run.folder)):
+        with pytest.raises(ValueError, match="no result yet in this session"):
+            visitors.result(other)
+        visitors.leave(other)
+    assert run.folder.exists()
+    visitors.leave("one")
+    assert list(visitors.root.iterdir()) == list(visitors.files.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["load", "read", "prune", "measure sparse"])
+def test_a_run_stops_in_every_stage(stage: str, tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    run = visitors.begin("one", QUICK)
+    wait_until(lambda: runs.STAGES.index(run.stage) >= runs.STAGES.index(stage))
+    assert visitors.stop("one")
+    assert not run.wait(0)
+    assert run.record is None
+    assert run.error == runs.STOPPED
+    assert list(visitors.root.iterdir()) == []
+    assert not visitors.stop("one"), "there is none any more"
+
+
+def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    visitors.expect("one")
+    visitors.decline("one")
+    with pytest.raises(ValueError, match="was stopped"):
+        visitors.begin("one", QUICK)
+    visitors.expect("one")
+    visitors.begin("one", QUICK)
+    visitors.decline("one")
+    assert list(visitors.root.iterdir()) == []
+
+
+def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "SECONDS", 0.01)
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    run = visitors.begin("one", QUICK)
+    wait_until(lambda: run.finished)
+    assert "longer than" in run.error
+    assert list(visitors.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [("KEPT_SECONDS", -1), ("KEPT_RESULTS", 0)])
+def test_old_results_go_when_somebody_else_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, int]
+) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    first = visitors.begin("one", QUICK)
+    while first.wait(1.0):
+        pass
+    assert visitors.result("one") is first
+    monkeypatch.setattr(runs, *limit)
+    visitors.begin("two", QUICK)
+    with pytest.raises(ValueError, match="no result"):
+        visitors.result("one")
+    assert not first.folder.exists()
+    assert not first.shelf.exists()
+    visitors.leave("two")
+
+
+def test_errors_are_one_sentence_without_a_path(tmp_path: Path) -> None:
+    error = OSError(f"cannot read {tmp_path}/model/config.json\nof https://hub/owner/name, a/b")
+    assert sentence(error) == "cannot read (a file) of https://hub/owner/name, a/b"
+    assert sentence(OSError(f"not pushed. {tmp_path} is complete; finish with: x"), tmp_path) == "not pushed."
+    assert sentence(MemoryError()) == "MemoryError"
+    assert len(sentence(ValueError("x" * 2**20))) <= 400
