@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,15 +68,13 @@ class Ranks:
     @contextmanager
     def one_voice(self) -> Iterator[None]:
         """Of an error that ends several ranks only one is raised as it is; the others raise `RankLost`."""
-        _CALLS.append(len(_CALLS))
-        call = len(_CALLS)
+        call = next(_CALLS)
         try:
             yield
         except Exception as error:
             if self.size == 1:
                 raise
-            lost = isinstance(error, RankLost)
-            if lost:
+            if isinstance(error, RankLost):
                 time.sleep(GRACE)  # for the rank that knows why
             if self._speaks(call):
                 raise
@@ -159,7 +158,7 @@ class Ranks:
 
 ALONE = Ranks()
 _STORES: list[dist.Store] = []  # what the ranks met in; it lives in the launcher
-_CALLS: list[int] = []  # of `one_voice` in this process; each rank makes the same ones
+_CALLS = itertools.count()  # of `one_voice` in this process; each rank makes the same ones
 
 
 @contextmanager
