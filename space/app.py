@@ -16,10 +16,10 @@ ROOT = Path(tempfile.gettempdir()) / "calibprune-space"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it is imported
 
-import figures  # noqa: E402
 import gradio as gr  # noqa: E402
-from limits import CAPABILITIES, KEPT_SECONDS, MIXES, POCKET, SAMPLES, SPARSITIES, WAITING, Job, checked, checked_repo  # noqa: E402
 
+import figures  # noqa: E402
+from limits import CAPABILITIES, KEPT_SECONDS, MIXES, POCKET, SAMPLES, SPARSITIES, WAITING, Job, checked, checked_repo  # noqa: E402
 from optimum_calibprune import calibration_sources, push_folder  # noqa: E402
 from runs import EXPECTED, STOPPED, Run, Visitors, plan_of, sentence  # noqa: E402
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from limits import KEPT_RESULTS, KEPT_SECONDS, SECONDS, Job, check_size
-
 from optimum_calibprune import CalibPruner, RunRecord
 
 

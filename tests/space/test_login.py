@@ -22,9 +22,9 @@ def _push(folder: Path, token: str | None) -> str:
     """What the page says to one who pushes a result and has logged in with this token, or not at all."""
     sys.path.insert(0, SPACE)
     import gradio as gr
+
     from app import build_demo
     from limits import Job
-
     from runs import Run, Visitor, Visitors
 
     visitors = Visitors(folder / "visitors", folder / "files")

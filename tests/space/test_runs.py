@@ -13,9 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
-from limits import Job
-
 import runs
+from limits import Job
 from runs import Visitors, sentence
 
 
