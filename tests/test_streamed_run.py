@@ -145,7 +145,7 @@ def test_what_was_measured_of_the_pruned_model_is_kept(tmp_path: Path, monkeypat
     first = opened(stream=False)
     first.prune(work_dir=tmp_path / "work")
     again = opened(stream=False)
-    monkeypatch.setattr(again, "_perplexity", lambda *_: pytest.fail("it was measured before"))
+    monkeypatch.setattr(again._measuring, "perplexity", lambda *_: pytest.fail("it was measured before"))
     record = again.prune(work_dir=tmp_path / "work", resume=True)
     assert first.record is not None
     assert record.perplexity == first.record.perplexity

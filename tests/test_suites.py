@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
 from optimum_calibprune.capabilities.benchmarks import BENCHMARKS
+from optimum_calibprune.capabilities.retention import report_of_both
 from optimum_calibprune.capabilities.sandbox import isolation
 from optimum_calibprune.choices import choose_tasks
-from optimum_calibprune.pruner import _report
 from optimum_calibprune.publishing.reproduce import command, public_config
 from optimum_calibprune.records import BaseModel, Scores, TaskScore
 from tests.hub_server import HubServer
@@ -192,7 +192,7 @@ def test_a_task_that_only_the_dense_model_was_asked_is_left_out_and_named() -> N
         made = [TaskScore(name, "math", "acc", 0.0, (1.0, 1.0, 0.0, 1.0) * 5) for name in tasks]
         return Scores(tuple(made), {}, missing)
 
-    report = _report(
+    report = report_of_both(
         scores("a", "b", missing={"c": "no data"}), scores("a", missing={"b": "no memory", "c": "no data"})
     )
     assert report.capabilities[0].items == 20
