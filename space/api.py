@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import gradio as gr
 
 from events import EVERY, TURN, key_of
-from limits import CAPABILITIES, Job, checked
+from limits import CAPABILITIES, Job, checked, checked_mixes, checked_question
 from push import upload
 from runs import EXPECTED, Run, plan_of, sentence
 from visitors import Visitors
@@ -28,19 +29,50 @@ def endpoints(visitors: Visitors) -> None:
         assert run.record is not None
         return run.record.to_json()  # a client would take what a dict calls a path for a file
 
+    def compare(
+        mixes: list[str],
+        model: str = "pocket",
+        sparsity: str = "50%",
+        samples: int = 16,
+        capabilities: list[str] | None = None,
+        request: gr.Request = None,  # type: ignore[assignment]
+    ) -> str:
+        """Prunes a model with two to four mixes in turn; the answer is the list of their records as JSON."""
+        with _refusals():
+            jobs = checked_mixes(model, mixes, sparsity, samples, capabilities or CAPABILITIES)
+            run = visitors.compare(key_of(request), jobs)
+            _finish(run)
+        return f"[{','.join(record.to_json() for record in run.records)}]"
+
+    def generate(
+        prompt: str,
+        new_tokens: int = 64,
+        temperature: float = 0.0,
+        request: gr.Request = None,  # type: ignore[assignment]
+    ) -> Iterator[tuple[str, str]]:
+        """The answers of the dense and of the pruned model of this session, growing until they are finished."""
+        with _refusals():
+            run = visitors.answer(key_of(request), checked_question(prompt, new_tokens, temperature))
+            while run.wait(EVERY):
+                yield run.texts["dense"], run.texts["sparse"]
+            _finish(run)
+        yield run.texts["dense"], run.texts["sparse"]
+
+    generate.__annotations__["return"] = tuple[str, str]  # what each step is, as gradio reads it
+
     def stop(request: gr.Request) -> bool:
         """Stops the run of this session; whether there was one."""
         return visitors.stop(key_of(request))
 
     def push(repo: str, token: str, private: bool = False, create_pr: bool = False, request: gr.Request = None) -> str:  # type: ignore[assignment]
         """Uploads the result of this session to a repo of the token's owner; the answer is the address of the commit."""
-        try:
+        with _refusals():
             return upload(visitors.result(key_of(request)), repo, token, private, create_pr)
-        except EXPECTED as error:
-            raise gr.Error(sentence(error), print_exception=False) from None
 
     gr.api(_with_a_job(plan), api_name="plan", **TURN)
     gr.api(_with_a_job(prune), api_name="prune", **TURN)
+    gr.api(compare, api_name="compare", **TURN)
+    gr.api(generate, api_name="generate", **TURN)
     gr.api(stop, api_name="stop", queue=False)
     gr.api(push, api_name="push")
 
@@ -57,15 +89,21 @@ def _with_a_job(answer: Callable[[Job, str], str]) -> Callable[..., str]:
         capabilities: list[str] | None = None,
         request: gr.Request = None,  # type: ignore[assignment]
     ) -> str:
-        try:
-            return answer(
-                checked(model, mix, sources, sparsity, samples, capabilities or CAPABILITIES), key_of(request)
-            )
-        except EXPECTED as error:
-            raise gr.Error(sentence(error), print_exception=False) from None
+        with _refusals():
+            job = checked(model, mix, sources, sparsity, samples, capabilities or CAPABILITIES)
+            return answer(job, key_of(request))
 
     endpoint.__doc__ = answer.__doc__
     return endpoint
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What was refused is said in one sentence."""
+    try:
+        yield
+    except EXPECTED as error:
+        raise gr.Error(sentence(error), print_exception=False) from None
 
 
 def _finish(run: Run) -> None:

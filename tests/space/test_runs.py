@@ -79,7 +79,7 @@ def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -
 
 
 def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "SECONDS", 0.01)
+    monkeypatch.setattr(runs.Run, "seconds", 0.01)
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.prune("one", QUICK)
     wait_until(lambda: run.finished)
