@@ -202,10 +202,16 @@ def card(folder: Path) -> str:
 
 
 def answer(title: str, text: str, other: str) -> str:
-    """What a model has written so far; what follows the first difference from the `other` answer is marked."""
+    """What a model has written so far; the word in which it parts from the `other` answer is marked."""
     same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), len(text))
-    differing = f"<mark>{escape(text[same:])}</mark>" if same < len(text) else ""
-    return f'<h3 class="cp-name">{escape(title)}</h3><div class="cp-answer" dir="auto">{escape(text[:same])}{differing}</div>'
+    start = max(text.rfind(" ", 0, same), text.rfind("\n", 0, same)) + 1
+    word = re.match(r"\S*", text[start:])[0] if same < len(text) else ""
+    shown = (
+        f"{escape(text[:start])}<mark>{escape(word)}</mark>{escape(text[start + len(word) :])}"
+        if word
+        else escape(text)
+    )
+    return f'<h3 class="cp-name">{escape(title)}</h3><div class="cp-answer" dir="auto">{shown}</div>'
 
 
 def percent(share: float) -> str:
