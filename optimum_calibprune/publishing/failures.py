@@ -58,8 +58,8 @@ def persistently(attempt: Callable[[HfApi], Result], failed: str, token: str | N
         except (OSError, ValueError, RuntimeError, KeyError, _http_error()) as error:
             asked = _retry_after(error)
             if pause is None or not _may_pass(error) or (asked or 0.0) > MOST_PATIENT:
-                text = f"{failed}: {reason(error)} {remedy}"
-                safe = without_secrets(one_line(text), token)
+                text = f"{failed}: {one_line(reason(error))} {remedy}"
+                safe = without_secrets(" ".join(text.split()), token)
                 raise PushError(safe) from None  # the cause may quote the request, and with it the token
             time.sleep(max(pause, asked or 0.0))
     raise AssertionError("the last pause is None")

@@ -39,12 +39,7 @@ def prose(value: object) -> str:
     text = one_line(value)
     if LINKED.search(text):
         return code(text)
-    entities = {
-        "<": "&lt;",
-        ">": "&gt;",
-        "&": "&amp;",
-        "\\": "&#92;",
-    }  # two backslashes before a bracket begin a formula
+    entities = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\\": "&#92;"}  # the last since two of it may begin a formula
     return MEANT.sub(lambda found: entities.get(found[0], "\\" + found[0]), text)
 
 

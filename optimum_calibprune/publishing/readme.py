@@ -63,6 +63,6 @@ def _metadata(text: str) -> dict[str, Any]:
 def _merged(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Ours first, so that a card that is drawn again without a change has the same bytes."""
     tags = kept.get("tags") or []
-    tags = [tag for tag in ([tags] if isinstance(tags, str) else tags) if tag not in new.get("tags", [])]
+    tags = [tag for tag in (tags if isinstance(tags, list) else [tags]) if tag not in new.get("tags", [])]
     theirs = {key: kept[key] for key in kept if key not in new and key not in OURS}
     return {**new, **theirs, "tags": [*new.get("tags", []), *tags]}

@@ -306,6 +306,7 @@ def test_a_readme_keeps_metadata_however_it_is_written(run: RunRecord) -> None:
     assert (data["about"], data["tags"][-1]) == ("one --- two ---", "mine")
     assert both.split("\n---\n", 1)[1].startswith("\n# Mine\n\n---\nmore: text\n---\n\n<!-- optimum-calibprune draws")
     assert updated("---\n---\n# Mine\n", card).split("\n---\n", 1)[1].startswith("\n# Mine\n")
+    assert ModelCard(updated("---\ntags: 5\n---\n", card)).data.tags[-1] == 5
     local = render(replace(run, sources=tuple(replace(source, repo=None) for source in run.sources)))
     assert "calibprune:" not in updated(both, local), "the data sets of another run"
 
