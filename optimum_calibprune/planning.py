@@ -13,6 +13,7 @@ from torch import nn
 
 from .pruning import blocks, schedule
 from .pruning.balance import ROUNDS
+from .pruning.hessian import DIVIDED
 from .pruning.homes import Home
 from .pruning.kernels import kernels_for
 from .pruning.sparsegpt import BLOCK
@@ -135,7 +136,7 @@ def _seconds(
     processes: int,
 ) -> float:
     """Of the pruning stage: products and the sweep at rates measured here and now. Of several processes each has its part
-    of the tokens and of the rows, but factors every Hessian."""
+    of the tokens, of the rows, and of each factor that is large enough to be divided."""
     assert config.samples and config.length
     tokens = config.samples * config.length / processes
     forwards = 1 + replays + (config.allocation == "owl")
@@ -149,7 +150,8 @@ def _seconds(
         own = outputs / processes
         seconds += forwards * 2 * arriving * columns * outputs / forward_rate
         seconds += arriving * columns**2 / solve_rate  # one triangle of the Hessian
-        seconds += solutions * (2 / 3 * columns**3 + 3 * own * columns**2) / solve_rate  # factor, updates, errors
+        factor = 2 / 3 * columns**3 / (processes if columns > DIVIDED else 1)
+        seconds += solutions * (factor + 3 * own * columns**2) / solve_rate  # factor, updates, errors
         seconds += solutions * (own * columns / sweep_rate + columns * COLUMN_SECONDS)
     return seconds
 

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
+from .markup import one_line
+
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -21,6 +23,7 @@ Result = TypeVar("Result")
 # Seconds before each further attempt. Within one attempt the client repeats single requests by itself, where it does that.
 WAITS = (1.0, 4.0, 16.0)
 MOST_PATIENT = 300.0  # seconds of a Retry-After header that are waited for
+TOLD_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")
 PASSING = (408, 412, 429, 500, 502, 503, 504)  # 412: another commit came in between
 WHY = {
     401: "the Hub does not accept the token; run `hf auth login`, or pass a token that may write",
@@ -56,7 +59,7 @@ def persistently(attempt: Callable[[HfApi], Result], failed: str, token: str | N
             asked = _retry_after(error)
             if pause is None or not _may_pass(error) or (asked or 0.0) > MOST_PATIENT:
                 text = f"{failed}: {reason(error)} {remedy}"
-                safe = without_secrets(" ".join(text.split()), token)
+                safe = without_secrets(one_line(text), token)
                 raise PushError(safe) from None  # the cause may quote the request, and with it the token
             time.sleep(max(pause, asked or 0.0))
     raise AssertionError("the last pause is None")
@@ -77,7 +80,7 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, KeyError):
             said = f"the answer of the Hub has no {said}"
         return (f"the connection broke ({said})" if _is_transport(cause) else said).rstrip(".") + "."
-    said = getattr(cause, "server_message", None)
+    said = (getattr(cause, "server_message", None) or "")[:400]
     text = WHY.get(status, f"the Hub answers {status}" + (" each time; try again later" if status >= 500 else ""))
     return f"{text} ({said})." if said else f"{text} ({status})."
 
@@ -114,7 +117,9 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    """Of the answer that an error tells of; the client of the chunk store tells of it in words."""
+    told = TOLD_STATUS.search(str(error)) if isinstance(error, OSError | RuntimeError) else None
+    return getattr(getattr(error, "response", None), "status_code", int(told[1]) if told else None)
 
 
 def _is_transport(error: BaseException) -> bool:
