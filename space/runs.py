@@ -67,6 +67,7 @@ class Run:
         """Whether it is still going after that time. One that does not look at the clock is given up."""
         self._thread.join(seconds)
         if self._thread.is_alive() and time.monotonic() > self._deadline + GRACE:
+            self._stop.set()  # for when it looks again
             self._end(TOO_LONG.format(self.seconds))
         return not self.finished
 
@@ -102,8 +103,8 @@ class Run:
             self._end(failed)
 
     def _end(self, error: str) -> None:
-        if error:
-            self.error = self.error or error
+        self.error = self.error or error
+        if self.error:
             self.remove()
         self.finished = True
 
