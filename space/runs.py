@@ -20,7 +20,7 @@ from optimum_calibprune import CalibPruner, RunRecord
 STAGES = ("load", "read", "measure", "measure dense", "prune", "measure sparse", "save")
 EXPECTED = (ValueError, OSError, ImportError, MemoryError)  # what the package raises for a visitor to read
 PATHS = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]*")
-STOPPED = "The run was stopped, and nothing of it is left."
+STOPPED = "The run was stopped; of what it had not finished, nothing is left."
 TOO_LONG = "This took longer than the {:,} s that this page allows; ask for less."
 
 

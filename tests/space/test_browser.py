@@ -195,7 +195,7 @@ def test_stop_stops(server: Server, visit: Callable) -> None:
     page.get_by_text("42 linear layers").wait_for(timeout=SOON)
     assert server.visitors
     button(page, "Stop").click()
-    page.get_by_text("nothing of it is left").wait_for(timeout=SOON)
+    page.get_by_text("of what it had not finished, nothing is left").wait_for(timeout=SOON)
     server.wait_for_no_visitors(5)
     assert page.locator(".cp-bars").count() == 0
     button(page, "Show the plan").click()  # the queue is free again
@@ -218,7 +218,7 @@ def test_a_reload_ends_the_run_and_the_page_works_again(server: Server, visit: C
     button(page, "Prune").click()
     page.locator(".cp-now").wait_for(timeout=SOON)
     button(page, "Stop").click()
-    page.get_by_text("nothing of it is left").wait_for(timeout=SOON)
+    page.get_by_text("of what it had not finished, nothing is left").wait_for(timeout=SOON)
 
 
 def test_mixes_are_compared_side_by_side(server: Server, visit: Callable) -> None:
@@ -250,7 +250,7 @@ def test_mixes_are_compared_side_by_side(server: Server, visit: Callable) -> Non
     button(page, "Compare").click()
     page.get_by_text("Mix 1 of 3: uniform").wait_for(timeout=SOON)
     button(page, "Stop").click()
-    page.get_by_text("nothing of it is left").wait_for(timeout=SOON)
+    page.get_by_text("of what it had not finished, nothing is left").wait_for(timeout=SOON)
     button(page, "Forget these runs").click()
     page.get_by_text("Nothing to compare yet").wait_for(timeout=SOON)
     server.wait_for_no_visitors()
