@@ -18,9 +18,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 
-_GRACE_SECONDS = (
-    20.0  # lets a busy machine start and clean up; the supervisor itself enforces the program's own limits
-)
+# Lets a busy machine start and clean up; the supervisor itself enforces the program's own limits.
+_GRACE_SECONDS = 20.0
 Job = tuple[str, str]  # a program and its tests
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
@@ -30,8 +29,7 @@ class Limits:
     """What a program and its tests may use up.
 
     Args:
-        processor_seconds: Processor time of both and of all that they start. A busy machine makes no program use more of
-            it (or hardly more), so that what else runs does not decide who passes.
+        processor_seconds: Processor time of both and of all that they start, which hardly depends on what else runs.
         wall_seconds: Ends those that wait, for each other or for nothing.
         memory_bytes: Address space of each process.
     """
@@ -92,7 +90,7 @@ class Verdict:
 
     @property
     def settled(self) -> bool:
-        """False where the program ran out of wall-clock time: on a machine with less to do it may not."""
+        """False where the program ran out of wall-clock time, which depends on what else runs."""
         return self.reason != "timed out"
 
 
@@ -164,8 +162,8 @@ def check_programs(
 ) -> list[Verdict]:
     """Check many pairs of program and tests, `workers` at a time, and return their verdicts in order; see `check_program`.
 
-    Equal pairs run once, and not again in a later call of this process, unless they ran out of wall-clock time. A worker keeps one
-    supervisor; the programs that it runs one after another are isolated from each other as from all else.
+    Equal pairs run once, and not again in a later call of this process, unless they ran out of wall-clock time. A worker
+    keeps one supervisor; the programs that it runs one after another are isolated from each other as from all else.
     """
     if not programs:
         return []

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Locks up and watches generated programs; `sandbox.py` runs this file as a bare Python that imports nothing of ours.
 
-Arguments: seconds of processor time, of wall clock, bytes of memory, 1 for namespaces or 0, the process that starts this one. Programs with their tests come on
-standard input, one after another, and for each an answer goes to standard output. Every program gets a keeper of its own: a
-fork of this process that leaves for fresh namespaces or picks a spare user, forks the process that runs the tests and one that
-runs the program, locks both up, and kills all that they have started. So programs share nothing but the start of Python.
+Arguments: seconds of processor time, seconds by the clock, bytes of memory, 1 for namespaces or 0, the process that starts this
+one. Programs with their tests come on standard input, one after another, and for each an answer goes to standard output. Every
+program gets a keeper of its own: a fork of this process that leaves for fresh namespaces or picks a spare user, forks the process
+that runs the tests and one that runs the program, locks both up, watches what time they use, and kills all that they have
+started. So programs share nothing but the start of Python.
 Tests and program talk as `remote.py` says. Constants carry their names of the Linux headers in comments; the system calls
 without a C wrapper have the same number on every architecture.
 """
@@ -340,7 +341,7 @@ def _used() -> float:
         try:
             with open(f"/proc/{process}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()  # from the third on; a name may hold anything
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:
             continue  # it has just ended
         ticks = sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
         below.setdefault(int(fields[1]), []).append((int(process), ticks))
@@ -353,7 +354,7 @@ def _used() -> float:
 
 
 def _outcome(outcomes: int, seconds: float, wall: float) -> bytes:
-    """What the tests report, or which limit ended them. Looks when they can have used up their processor time at the earliest."""
+    """What the tests report, or which limit ends them. It is looked up when they can have used up their processor time."""
     end, used = time.monotonic() + wall, 0.0
     at_once = min(os.cpu_count() or PROCESSES, PROCESSES)
     while (left := end - time.monotonic()) > 0:

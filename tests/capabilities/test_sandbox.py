@@ -209,6 +209,14 @@ def test_processor_time_is_that_of_all_processes(level: Isolation, program: str)
     assert verdict.reason == "out of processor time"
 
 
+def test_children_whose_time_nobody_is_told_end_at_the_limit_of_wall_time(level: Isolation) -> None:
+    program = "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n"
+    program += "    if os.fork() == 0:\n        sum(range(10**5))\n        os._exit(0)\n    time.sleep(0.01)"
+    verdict = run_program(program, processor_seconds=1.0, wall_seconds=0.7, memory_bytes=MEMORY)
+    assert verdict.reason in ("timed out", "failed: BlockingIOError: [Errno 11] Resource temporarily unavailable")
+    assert wait_until_gone(str(MEMORY))
+
+
 def test_signals_do_not_hold_off_the_end(level: Isolation) -> None:
     program = """
 import signal
