@@ -375,7 +375,7 @@ def test_every_solution_fails_with_the_first_wrong_constant_that_its_tests_see(
     assert len(left) == 528
     unseen = set()
     while left:
-        found = reasons({name: (programs[0], items[name][1]) for name, programs in left.items()}, Limits())
+        found = reasons({name: (programs[0], items[name][1]) for name, programs in left.items()}, Limits(3.0))
         passed = {name for name, why in found.items() if why == "passed"}
         unseen |= {name for name in passed if len(left[name]) == 1}
         left = {name: left[name][1:] for name in passed - unseen}
