@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .choices import calibration_sources as calibration_sources
     from .comparing import compare_runs as compare_runs
+    from .elsewhere import plan_elsewhere as plan_elsewhere
+    from .planning import Machine as Machine
     from .pruner import CalibPruner as CalibPruner
     from .publishing.push import push_folder as push_folder
     from .records import CalibPruneConfig as CalibPruneConfig
@@ -23,6 +25,8 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "calibration_sources": "choices",
     "compare_runs": "comparing",
+    "plan_elsewhere": "elsewhere",
+    "Machine": "planning",
     "CalibPruner": "pruner",
     "push_folder": "publishing.push",
     "CalibPruneConfig": "records",
@@ -37,10 +41,12 @@ __all__ = [
     "CalibPruner",
     "CalibrationSet",
     "CalibrationSource",
+    "Machine",
     "RunRecord",
     "SparsityPattern",
     "calibration_sources",
     "compare_runs",
+    "plan_elsewhere",
     "push_folder",
 ]
 
