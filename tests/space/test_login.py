@@ -25,14 +25,16 @@ def _push(folder: Path, token: str | None) -> str:
 
     from app import build_demo
     from limits import Job
-    from runs import Run, Visitor, Visitors
+    from runs import PruneRun
+    from visitors import Visitor, Visitors
 
     visitors = Visitors(folder / "visitors", folder / "files")
     saved_run(folder / "run" / "model")
-    run = Run(Job(), folder / "run", folder / "files" / "shelf", record=example())
+    run = PruneRun(Job(), folder / "run", folder / "files" / "shelf")
+    run.record = example()
     visitors._visitors["one"] = Visitor(run)
     demo = build_demo(visitors, login=True)
-    handler = next(entry.fn for entry in demo.fns.values() if entry.name == "upload_logged_in")
+    handler = next(entry.fn for entry in demo.fns.values() if entry.name == "push_logged_in")
     oauth = gr.OAuthToken(token=token, scope="", expires_at=0) if token is not None else None
     return handler("me/pushed", "", False, False, SimpleNamespace(session_hash="one"), oauth)
 

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
 import runs
 from limits import Job
-from runs import Visitors, sentence
+from runs import sentence
+from visitors import Visitors
 
 
 QUICK = Job(samples=4, capabilities=("general",))
@@ -32,9 +33,9 @@ def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Pa
     (tmp_path / "visitors" / "left-behind").mkdir(parents=True)
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     assert list(visitors.root.iterdir()) == []
-    run = visitors.begin("one", QUICK)
+    run = visitors.prune("one", QUICK)
     with pytest.raises(ValueError, match="You have a run going on"):
-        visitors.begin("one", QUICK)
+        visitors.prune("one", QUICK)
     while run.wait(1.0):
         pass
     assert run.error == ""
@@ -55,7 +56,7 @@ def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Pa
 @pytest.mark.parametrize("stage", ["load", "read", "prune", "measure sparse"])
 def test_a_run_stops_in_every_stage(stage: str, tmp_path: Path) -> None:
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
-    run = visitors.begin("one", QUICK)
+    run = visitors.prune("one", QUICK)
     wait_until(lambda: runs.STAGES.index(run.stage) >= runs.STAGES.index(stage))
     assert visitors.stop("one")
     assert not run.wait(0)
@@ -70,9 +71,9 @@ def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -
     visitors.expect("one")
     visitors.decline("one")
     with pytest.raises(ValueError, match="was stopped"):
-        visitors.begin("one", QUICK)
+        visitors.prune("one", QUICK)
     visitors.expect("one")
-    visitors.begin("one", QUICK)
+    visitors.prune("one", QUICK)
     visitors.decline("one")
     assert list(visitors.root.iterdir()) == []
 
@@ -80,7 +81,7 @@ def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -
 def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "SECONDS", 0.01)
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
-    run = visitors.begin("one", QUICK)
+    run = visitors.prune("one", QUICK)
     wait_until(lambda: run.finished)
     assert "longer than" in run.error
     assert list(visitors.root.iterdir()) == []
@@ -91,12 +92,12 @@ def test_old_results_go_when_somebody_else_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: tuple[str, int]
 ) -> None:
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
-    first = visitors.begin("one", QUICK)
+    first = visitors.prune("one", QUICK)
     while first.wait(1.0):
         pass
     assert visitors.result("one") is first
-    monkeypatch.setattr(runs, *limit)
-    visitors.begin("two", QUICK)
+    monkeypatch.setattr(f"visitors.{limit[0]}", limit[1])
+    visitors.prune("two", QUICK)
     with pytest.raises(ValueError, match="no result"):
         visitors.result("one")
     assert not first.folder.exists()

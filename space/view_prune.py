@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The view Prune: the form, plan and progress beside it, and the result below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+import figures
+from events import EVERY, PRIVATE, Desk, Update, key_of
+from limits import CAPABILITIES, MIXES, POCKET, SAMPLES, SPARSITIES, checked
+from optimum_calibprune import calibration_sources
+from push import push_form
+from runs import EXPECTED, PruneRun, plan_of, sentence
+from visitors import Visitors
+
+
+def prune_view(visitors: Visitors, login: bool) -> None:
+    with gr.Tab("Prune"):
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                form = _form()
+                with gr.Row():
+                    go = gr.Button("Prune", variant="primary")
+                    look = gr.Button("Show the plan")
+                    stop = gr.Button("Stop", variant="stop", visible=False)
+            with gr.Column(scale=3, min_width=300):
+                plan = gr.Markdown("")
+                said = gr.HTML(figures.message("Plan and progress stand here."), padding=False)
+        with gr.Column(visible=False) as result:
+            shown = _result()
+            push_form(visitors, login)
+    desk = Desk((go, look), stop, said)
+
+    def prune(request: gr.Request, *values: Any) -> Iterator[Update]:
+        try:
+            run = visitors.prune(key_of(request), checked(*values))
+        except ValueError as error:
+            yield desk.ended(sentence(error))
+            return
+        while run.wait(EVERY):
+            yield {plan: run.plan_text, said: figures.progress(run.stage, run.done, run.total, run.detail)}
+        if run.error:
+            yield desk.ended(run.error)
+            return
+        found = {shown[name]: value for name, value in _shown(run).items()}
+        yield desk.ready("Done. The result stands below.", "note") | {result: gr.update(visible=True)} | found
+
+    def show_plan(*values: Any) -> Update:
+        try:
+            text = plan_of(checked(*values), visitors.root)
+        except EXPECTED as error:
+            return desk.ready(sentence(error))
+        return desk.ready("This is the plan; press Prune to go on.", "note") | {plan: text}
+
+    desk.on_click(
+        go,
+        prune,
+        form,
+        [plan, result, *shown.values()],
+        visitors=visitors,
+        first={plan: "", result: gr.update(visible=False)},
+    )
+    desk.on_click(look, show_plan, form, [plan], visitors=visitors, first={plan: ""}, stoppable=False)
+    desk.on_stop(visitors)
+
+
+def _form() -> list[gr.components.Component]:
+    model = gr.Textbox(
+        POCKET,
+        label="Model",
+        elem_id="model",
+        max_length=96,
+        info="'pocket' is bundled; or owner/name of a small public model",
+    )
+    sparsity = gr.Dropdown(
+        list(SPARSITIES), value="50%", label="Sparsity", elem_id="sparsity", info="2:4: two of every four weights stay"
+    )
+    mix = gr.Radio(
+        [(f"{name}: {what}", name) for name, what in MIXES.items()], value="uniform", label="Calibration mix"
+    )
+    with gr.Accordion("More settings", open=False):
+        names = list(calibration_sources())
+        sources = gr.Dropdown(names, multiselect=True, label="Sources", info="None: those that belong to the mix")
+        samples = gr.Slider(*SAMPLES, value=16, step=1, label="Samples", info="of 256 tokens")
+        measured = gr.CheckboxGroup(list(CAPABILITIES), value=list(CAPABILITIES), label="Capabilities to measure")
+        legend = gr.HTML(figures.legend(calibration_sources()), padding=False)
+
+    def choices(name: str) -> tuple[Any, str]:
+        table = calibration_sources(POCKET if name.strip() == POCKET else "")
+        return gr.update(choices=list(table), value=[]), figures.legend(table)
+
+    model.change(choices, model, [sources, legend], show_progress="hidden", **PRIVATE)
+    return [model, mix, sources, sparsity, samples, measured]
+
+
+def _result() -> dict[str, gr.components.Component]:
+    gr.Markdown("## What was kept")
+    shown = {"headline": gr.HTML(padding=False), "retention": gr.HTML(padding=False)}
+    with gr.Accordion("All scores", open=False):
+        shown["table"] = gr.HTML(padding=False)
+    gr.Markdown("## What changed in each module")
+    shown["heat_map"] = gr.HTML(padding=False)
+    with gr.Accordion("Model card", open=False):
+        shown["card"] = gr.Markdown(elem_classes="cp-card")
+    shown["download"] = gr.DownloadButton("Download the pruned model")
+    return shown
+
+
+def _shown(run: PruneRun) -> dict[str, Any]:
+    """The values of what `_result` makes."""
+    record = run.record
+    assert record is not None
+    return {
+        "headline": figures.headline(record),
+        "retention": figures.retention(record),
+        "table": figures.table(record),
+        "heat_map": figures.heat_map(record),
+        "card": figures.card(run.folder / "model"),
+        "download": gr.update(value=str(next(run.shelf.glob("*.zip")))),
+    }
