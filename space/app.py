@@ -19,6 +19,7 @@ import gradio as gr  # noqa: E402
 from api import endpoints  # noqa: E402
 from events import key_of  # noqa: E402
 from limits import KEPT_SECONDS, WAITING  # noqa: E402
+from view_big import big_view  # noqa: E402
 from view_prune import prune_view  # noqa: E402
 from visitors import Visitors  # noqa: E402
 
@@ -46,6 +47,7 @@ def build_demo(visitors: Visitors, login: bool = False) -> gr.Blocks:
         gr.Markdown(ABOUT, elem_classes="cp-title")
         with gr.Tabs():
             prune_view(visitors, login)
+            big_view(visitors.root, login)
         demo.unload(leave)
     return demo.queue(max_size=WAITING, default_concurrency_limit=8)
 

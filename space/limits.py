@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ ITEMS = 20  # of each benchmark; the pocket's probes are measured as a whole
 WEIGHT_BYTES = 2**30  # of a model's checkpoint
 SECONDS = 900  # a run
 WAITING = 20  # runs in the queue
+BIG_SAMPLES = (16, 1024)  # of the model's own length, where it runs elsewhere
+PROCESSES = (1, 8)  # GPUs of a visitor's machine
+HOURS = (1, 24)  # of a job that a visitor pays
 KEPT_SECONDS = 3600  # a result, after which its folder goes
 KEPT_RESULTS = 8  # at once, the latest; one a visitor
 NAME_CHARACTERS = 96
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+TOKEN = re.compile(r"[!-~]{1,200}")
 REPO_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -59,6 +64,84 @@ class Job:
         return asked | closed | {"capabilities": measured, "suite": "quick", "limit": ITEMS}
 
 
+@dataclass(frozen=True)
+class BigJob:
+    """A run that this page only starts elsewhere, or says how to start."""
+
+    model: str
+    mix: str = "uniform"
+    sources: tuple[str, ...] = ()
+    sparsity: str = "50%"
+    samples: int = 128
+    measure: bool = True
+    repo: str = ""
+    private: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `ModelShape.from_pretrained`."""
+        measured = "auto" if self.measure else "none"
+        asked = {"mix": self.mix, "sparsity": self.sparsity, "samples": self.samples, "capabilities": measured}
+        return asked | ({"sources": list(self.sources)} if self.sources else {})
+
+    def words(self, output: str) -> list[str]:
+        """The command line of the run, which writes to the folder `output`."""
+        words = ["optimum-cli", "calibprune", "prune", self.model, "--sparsity", self.sparsity, "--mix", self.mix]
+        words += ["--sources", *self.sources] if self.sources else []
+        words += ["--samples", str(self.samples)]
+        words += [] if self.measure else ["--capabilities", "none"]
+        words += ["--push-to-hub", self.repo] if self.repo else []
+        words += ["--private"] if self.repo and self.private else []
+        return [*words, "--output", output]
+
+    def command(self, processes: int = 1) -> str:
+        """What to type on a machine of one's own, for so many GPUs; names in it do nothing to a shell."""
+        words = self.words(f"{self.model.rpartition('/')[2]}-{self.sparsity.strip('%').replace(':', 'of')}")
+        if processes > 1:
+            words = ["torchrun", "--nproc-per-node", str(processes), "--no-python", *words]
+        return shlex.join(words)
+
+
+def checked_big(
+    model: object,
+    mix: object,
+    sources: object,
+    sparsity: object,
+    samples: object,
+    measure: object,
+    repo: object = "",
+    private: object = False,
+) -> BigJob:
+    """The run elsewhere that a form describes; `ValueError` as for `checked`."""
+    name = _model_name(model)
+    _one_of("mix", mix, tuple(MIXES))
+    _one_of("sparsity", sparsity, SPARSITIES)
+    count = whole("samples", samples, BIG_SAMPLES)
+    chosen = _several("source", sources, tuple(calibration_sources(name)))
+    target = checked_repo(repo) if repo else ""
+    return BigJob(name, str(mix), chosen, str(sparsity), count, bool(measure), target, bool(private))
+
+
+def whole(what: str, given: object, limits: tuple[int, int]) -> int:
+    """A whole number within limits, both included."""
+    whole_float = isinstance(given, float) and given.is_integer()
+    if isinstance(given, bool) or not (isinstance(given, int) or whole_float):
+        raise ValueError(f"The number of {what} is a whole number; {_shown(given)} was given.")
+    if not limits[0] <= given <= limits[1]:
+        raise ValueError(f"{_shown(given)} {what} were asked for; this page allows {limits[0]} to {limits[1]}.")
+    return int(given)
+
+
+def checked_token(token: object) -> str:
+    """A visitor's own token; `ValueError`, which never shows it, where there is none. This Space's own is never used."""
+    text = token.strip() if isinstance(token, str) else ""
+    if not text:
+        raise ValueError("Log in, or give a token of yours: nothing is done in another's name.")
+    if not TOKEN.fullmatch(text):
+        raise ValueError("The token holds characters that no token has; copy it again from the Hub's settings.")
+    return text
+
+
 def checked(
     model: object, mix: object, sources: object, sparsity: object, samples: object, capabilities: object
 ) -> Job:
@@ -66,10 +149,7 @@ def checked(
     name = _model_name(model)
     _one_of("mix", mix, tuple(MIXES))
     _one_of("sparsity", sparsity, SPARSITIES)
-    if isinstance(samples, bool) or not isinstance(samples, int | float) or samples != int(samples):
-        raise ValueError(f"The number of samples is a whole number; {_shown(samples)} was given.")
-    if not SAMPLES[0] <= samples <= SAMPLES[1]:
-        raise ValueError(f"{samples:g} samples were asked for; this page allows {SAMPLES[0]} to {SAMPLES[1]}.")
+    count = whole("samples", samples, SAMPLES)
     chosen = _several("source", sources, tuple(calibration_sources(name)))
     if len(chosen) > SOURCES:
         raise ValueError(f"{len(chosen)} sources were chosen; this page allows {SOURCES} at once.")
@@ -81,7 +161,7 @@ def checked(
             "Code is measured for the bundled 'pocket' only: for other models this page would have to run what they write. "
             "Leave code out, or prune on your own machine with --allow-code-execution."
         )
-    return Job(name, str(mix), chosen, str(sparsity), int(samples), measured)
+    return Job(name, str(mix), chosen, str(sparsity), count, measured)
 
 
 def checked_repo(name: object) -> str:

@@ -43,14 +43,14 @@ MAY_IMPORT = {
         "planning",
         "choices",
     },
-    "elsewhere": {"records", "calibration", "pruning", "choices", "loading", "planning"},
+    "shape": {"records", "calibration", "pruning", "choices", "loading", "planning"},
     "comparing": {"records", "capabilities", "publishing"},
     "study": {"records", "values", "pruner", "capabilities", "calibration", "publishing", "machine", "pocket"},
     "cli_study": {"study", "publishing"},
     "cli_compare": {"records", "comparing", "terminal"},
     "terminal": set(),
     "cli": {"terminal", "records", "pruner", "pocket", "calibration", "publishing", "cli_study", "cli_compare"},
-    "__init__": {"pruner", "records", "comparing", "choices", "publishing", "elsewhere", "planning"},
+    "__init__": {"pruner", "records", "comparing", "choices", "publishing", "shape", "planning"},
     "_optimum_register": {"cli"},
 }
 HOMES = {  # each heavy library has one home

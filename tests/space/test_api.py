@@ -45,7 +45,7 @@ def connect(server: Server) -> gradio_client.Client:
 def test_endpoints_have_names_and_docstrings(server: Server) -> None:
     with urllib.request.urlopen(f"{server.url}/gradio_api/info") as answer:
         endpoints = json.load(answer)["named_endpoints"]
-    assert set(endpoints) == {"/plan", "/prune", "/stop", "/push"}
+    assert set(endpoints) == {"/plan", "/prune", "/stop", "/push", "/command", "/estimate", "/launch"}
     assert all(endpoint["description"] for endpoint in endpoints.values())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from optimum_calibprune import CalibPruneConfig, CalibPruner, Machine, plan_elsewhere
+from optimum_calibprune import CalibPruneConfig, CalibPruner, Machine, ModelShape
 from optimum_calibprune.planning import COLUMN_SECONDS, make_plan
 from optimum_calibprune.pruning.blocks import find_groups
 from optimum_calibprune.pruning.homes import InMemory
@@ -20,6 +20,7 @@ from tests.publishing.pushing import process
 
 LARGE = Machine("cpu", free=2**42, free_host=2**42, products=1e12, exact_products=1e11, sweep=1e9)
 CARD = Machine("cuda", free=2**34, free_host=2**36, products=1e14, exact_products=5e13, sweep=3e10)
+ROOMY = replace(CARD, free=2**40, free_host=2**40)
 HIDDEN, MLP, KEYS, BLOCKS, VOCABULARY = 8192, 28_672, 1024, 8, 128_256
 IN_A_BLOCK = 2 * HIDDEN**2 + 2 * HIDDEN * KEYS + 3 * HIDDEN * MLP
 SHAPE = {"hidden_size": HIDDEN, "intermediate_size": MLP, "num_attention_heads": 64, "num_key_value_heads": 8}
@@ -27,18 +28,23 @@ PLAIN = {"mix": "uniform", "capabilities": "none"}
 
 
 @pytest.fixture(scope="module")
-def large_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the config of eight blocks of Llama-3.1-70B's shape, and nothing else."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With the config of eight blocks of Llama-3.1-70B's shape, and nothing else."""
     folder = tmp_path_factory.mktemp("shape")
     further = {"vocab_size": VOCABULARY, "max_position_embeddings": 131_072, "dtype": "bfloat16"}
     LlamaConfig(**SHAPE, **further, num_hidden_layers=BLOCKS).save_pretrained(folder)
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def large_llama(folder: str) -> ModelShape:
+    return ModelShape.from_pretrained(folder, **PLAIN)
+
+
 @pytest.mark.parametrize("options", [{"mix": "igsp"}, {"mix": "balanced", "sparsity": "2:4", "sequential": "block"}])
 def test_it_is_the_plan_of_the_loaded_model(options: dict[str, str]) -> None:
     here = CalibPruner.from_pretrained("pocket", **options).plan()
-    assert replace(plan_elsewhere("pocket", LARGE, **options), seconds=here.seconds) == here
+    assert replace(ModelShape.from_pretrained("pocket", **options).plan(LARGE), seconds=here.seconds) == here
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,13 +54,13 @@ def test_a_config_tells_what_a_model_of_any_family_has(family: str, tmp_path: Pa
     model = AutoModelForCausalLM.from_config(shape)
     config = CalibPruneConfig(str(tmp_path), mix="uniform", capabilities="none", samples=8, length=16, micro_batch=2)
     home, groups = InMemory(model), find_groups(model, config.sparsity)
-    plan = plan_elsewhere(str(tmp_path), LARGE, samples=8, length=16, micro_batch=2, **PLAIN)
+    plan = ModelShape.from_pretrained(str(tmp_path), samples=8, length=16, micro_batch=2, **PLAIN).plan(LARGE)
     assert plan == make_plan(home, config, groups, plan.sources, 0, (), machine=LARGE)
     assert plan.modules > 0
 
 
-def test_a_large_model_is_streamed_and_needs_what_its_largest_matrix_does(large_llama: str) -> None:
-    plan = plan_elsewhere(large_llama, CARD, **PLAIN)
+def test_a_large_model_is_streamed_and_needs_what_its_largest_matrix_does(large_llama: ModelShape) -> None:
+    plan = large_llama.plan(CARD)
     assert plan.streamed
     assert plan.blocks == BLOCKS
     assert plan.weights == BLOCKS * IN_A_BLOCK
@@ -68,48 +74,47 @@ def test_a_large_model_is_streamed_and_needs_what_its_largest_matrix_does(large_
     assert sum(size for place, size in plan.memory.items() if place.endswith("cuda")) < CARD.free
 
 
-def test_where_it_fits_it_is_in_memory(large_llama: str) -> None:
-    large = replace(CARD, free=2**40, free_host=2**40)
-    plan = plan_elsewhere(large_llama, large, **PLAIN)
+def test_where_it_fits_it_is_in_memory(large_llama: ModelShape) -> None:
+    plan = large_llama.plan(ROOMY)
     parameters = BLOCKS * (IN_A_BLOCK + 2 * HIDDEN) + HIDDEN + 2 * VOCABULARY * HIDDEN
     assert not plan.streamed
     assert plan.memory["model on cuda"] == 2 * parameters
     assert plan.replays == 0
-    assert plan_elsewhere(large_llama, replace(large, free_host=2**30), **PLAIN).streamed, "the host loads it first"
+    assert large_llama.plan(replace(ROOMY, free_host=2**30)).streamed, "the host loads it first"
 
 
-def test_seconds_are_work_by_rates(large_llama: str) -> None:
-    machine = replace(CARD, free=2**40, free_host=2**40)
-    plan = plan_elsewhere(large_llama, machine, **PLAIN)
+def test_seconds_are_work_by_rates(large_llama: ModelShape) -> None:
+    plan = large_llama.plan(ROOMY)
     tokens = 128 * 2048
     inputs = ((HIDDEN, HIDDEN + 2 * KEYS), (HIDDEN, HIDDEN), (HIDDEN, 2 * MLP), (MLP, HIDDEN))
     products = sum(2 * tokens * columns * rows for columns, rows in inputs)
     exact = sum(tokens * c**2 + 2 / 3 * c**3 + 3 * rows * c**2 for c, rows in inputs)
     swept = sum(columns * rows for columns, rows in inputs)
     steps = COLUMN_SECONDS * sum(columns for columns, _ in inputs)
-    block = products / machine.products + exact / machine.exact_products + swept / machine.sweep + steps
+    block = products / ROOMY.products + exact / ROOMY.exact_products + swept / ROOMY.sweep + steps
     assert plan.seconds == pytest.approx(BLOCKS * block)
 
 
-def test_a_streamed_model_writes_no_text(large_llama: str) -> None:
+def test_a_streamed_model_writes_no_text(folder: str) -> None:
+    shape = ModelShape.from_pretrained(folder, mix="igsp")
     with pytest.raises(ValueError, match=r"16\.7 GiB of weights .* cannot write its own calibration text"):
-        plan_elsewhere(large_llama, CARD)
-    large = replace(CARD, free=2**40, free_host=2**40)
-    assert plan_elsewhere(large_llama, large).written > 0
+        shape.plan(CARD)
+    assert shape.plan(ROOMY).written > 0
 
 
-def test_what_cannot_be_pruned_is_refused(large_llama: str) -> None:
+def test_what_cannot_be_pruned_is_refused(folder: str) -> None:
     with pytest.raises(ValueError, match="does not divide"):
-        plan_elsewhere(large_llama, CARD, sparsity="2:3", **PLAIN)
+        ModelShape.from_pretrained(folder, sparsity="2:3", **PLAIN)
     with pytest.raises(ValueError, match="exceeds the model's context"):
-        plan_elsewhere(large_llama, CARD, length=2**20, **PLAIN)
+        ModelShape.from_pretrained(folder, length=2**20, **PLAIN).plan(CARD)
     with pytest.raises(OSError, match="neither a local folder nor in the local cache"):
-        plan_elsewhere("owner/none", CARD, **PLAIN)
+        ModelShape.from_pretrained("owner/none", **PLAIN)
 
 
 def _plan(name: str, cache: Path) -> str:
     try:
-        return str(plan_elsewhere(name, LARGE, token=False, cache_dir=cache, **PLAIN).modules)
+        shape = ModelShape.from_pretrained(name, token=False, cache_dir=cache, **PLAIN)
+        return str(shape.plan(LARGE).modules)
     except (ValueError, OSError) as error:
         return str(error)
 
