@@ -8,13 +8,15 @@ import os
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from . import cli_compare, cli_study
-from .records import ALLOCATIONS, CAPABILITIES, METHODS, SEQUENTIAL, CalibrationSource, Plan, SourceProfile
+from .cli_text import PROFILE_HEADER, PROFILE_LEGEND, plan_text, profile_row, source_row
+from .records import ALLOCATIONS, CAPABILITIES, METHODS, SEQUENTIAL, CalibPruneConfig, CalibrationSource
 from .terminal import BAD_ARGUMENTS, FAILED, errors, interrupts, progress, quiet_libraries, say, table
 
 
@@ -23,22 +25,7 @@ if TYPE_CHECKING:
 
 
 BESIDE_WEIGHTS = 2**25  # bytes on disk for tokenizer, records and card
-CONFIG_OPTIONS = (
-    *(
-        "revision",
-        "sparsity",
-        "allocation",
-        "mix",
-        "samples",
-        "length",
-        "micro_batch",
-        "method",
-        "sequential",
-        "damping",
-    ),
-    *("capabilities", "suite", "tasks", "limit", "task_data", "allow_code_execution", "max_overlap"),
-    *("seed", "seed_texts", "dtype", "device"),
-)
+CONFIG_OPTIONS = [f.name for f in fields(CalibPruneConfig) if f.name not in ("model", "sources")]
 
 
 # -------------------------------------------------------------------------------------------- arguments
@@ -126,39 +113,6 @@ def _pruner(arguments: Namespace, stream: bool | str = "auto") -> CalibPruner:
     )
 
 
-# ---------------------------------------------------------------------------------------------- showing
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan as a person reads it before a run."""
-    reasons: dict[str, int] = {}
-    for entry in plan.untouched:
-        reasons[entry.reason] = reasons.get(entry.reason, 0) + 1
-    dense = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "none"
-    experts = f", with those of {plan.experts:,} experts," if plan.experts else ""
-    owl = ["  allocation     owl: blocks with more outliers lose less, the total is the same"]
-    forward = "one forward" if plan.replays == 0 else f"{plan.replays} replays a block"
-    return "\n".join(
-        [
-            f"Prune {plan.model} to {plan.pattern} with {plan.method}, calibrated on {plan.samples} x {plan.length} tokens",
-            *(owl if plan.allocation == "owl" else []),
-            f"  mix            {plan.mix} of {', '.join(plan.sources)}",
-            *(
-                [f"  written        {plan.written:,} tokens by the model itself, kept for the next run"]
-                if plan.written
-                else []
-            ),
-            f"  pruned         {plan.modules:,} linear layers{experts} in {plan.blocks} blocks, {plan.weights:,} weights",
-            f"  left dense     {dense}",
-            f"  arithmetic     micro-batches of {plan.micro_batch}, {forward}, on {plan.device}",
-            *(["  weights        on disk, read block by block"] if plan.streamed else []),
-            *(f"  memory         {size / 2**20:,.0f} MiB {place}" for place, size in plan.memory.items()),
-            f"  measured       {', '.join(plan.capabilities) or 'no capability'}",
-            f"  pruning takes  about {plan.seconds:,.0f} s",
-        ]
-    )
-
-
 # --------------------------------------------------------------------------------------------- commands
 
 
@@ -238,7 +192,7 @@ class PruneCommand(_Command):
             if work_dir is not None:
                 _check_apart(arguments.output, work_dir)
             if pruner.speaks:
-                size = sum(p.numel() * p.element_size() for p in pruner.model.parameters())
+                size = pruner.model.get_memory_footprint(return_buffers=False)
                 there = _size_of_shards(work_dir) if arguments.resume and work_dir is not None else 0
                 check_output(arguments.output, arguments.overwrite, needed_bytes=size - there + BESIDE_WEIGHTS)
         kept = f"what is finished is in {work_dir}; go on with the same command and --resume"
@@ -369,7 +323,7 @@ class SourcesCommand(_Command):
             self._check(list(SOURCES.values()), check)
             return
         header = ["name", "capability", "where", "licence"]
-        rows = [header, *map(_source_row, (*SOURCES.values(), *pocket.sources().values()))]
+        rows = [header, *map(source_row, (*SOURCES.values(), *pocket.sources().values()))]
         say(table(rows))
         say("\nBundled sources belong to the model 'pocket'. Any other text: PATH, or NAME=PATH:CAPABILITY.")
 
@@ -389,39 +343,6 @@ class SourcesCommand(_Command):
         bad = [checked.source.name for checked in found if checked.problem]
         if bad:
             raise ValueError(f"{len(bad)} of {len(found)} sources cannot be used: {', '.join(bad)}.")
-
-
-def _source_row(source: CalibrationSource) -> list[str]:
-    if source.path is not None:
-        bound = ", upper bound: made by the generator of the probes" if source.upper_bound else ""
-        return [source.name, source.capability, f"bundled with pocket{bound}", source.licence or ""]
-    where = " ".join(filter(None, (source.repo, source.subset, source.split)))
-    return [source.name, source.capability, where, source.licence or "see the data set's card"]
-
-
-PROFILE_HEADER = (
-    *("source", "capability", "share", "perplexity", "entropy", "duplicates", "collisions"),
-    *("types", "bits", "zip"),
-)
-PROFILE_LEGEND = (
-    "entropy: under the model, nats a token; duplicates, collisions: of 4-grams; types: type-token ratio;\n"
-    "bits: unigram entropy, bits a token; zip: compression ratio of the text."
-)
-
-
-def _profile_row(profile: SourceProfile, share: float) -> list[str]:
-    return [
-        profile.name,
-        profile.capability,
-        f"{100 * share:.1f} %",
-        f"{profile.perplexity:.2f}",
-        f"{profile.model_entropy:.2f}",
-        f"{100 * profile.duplicate_rate:.1f} %",
-        f"{profile.collision_probability:.2e}",
-        f"{profile.type_token_ratio:.3f}",
-        f"{profile.unigram_entropy:.2f}",
-        f"{profile.compression_ratio:.2f}",
-    ]
 
 
 class MixCommand(_Command):
@@ -451,7 +372,7 @@ class MixCommand(_Command):
             if arguments.json:
                 say(mix.to_json().rstrip())
                 return
-            say(table([PROFILE_HEADER, *(_profile_row(p, mix.shares.get(p.name, 0)) for p in choice.profiles)]))
+            say(table([PROFILE_HEADER, *(profile_row(p, mix.shares.get(p.name, 0)) for p in choice.profiles)]))
             say(f"\n{PROFILE_LEGEND}")
             say(f"\n{len(calibration.rows)} samples, fingerprint {calibration.fingerprint[:16]}")
             if mix.objective is not None:

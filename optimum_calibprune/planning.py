@@ -74,7 +74,9 @@ def make_plan(
     width = max(sum(stop.width for stop in block) for block in groups)
     waiting = resident * config.micro_batch * config.length * width * model.dtype.itemsize
     where = f"on {device.type}" if activations == "device" else f"in {'a ' * (activations == 'file')}{activations}"
-    model_in_memory = {} if home.streamed else {f"model on {device.type}": _bytes(model)}
+    model_in_memory = (
+        {} if home.streamed else {f"model on {device.type}": model.get_memory_footprint(return_buffers=False)}
+    )
     return Plan(
         model=config.model,
         pattern=config.sparsity,

@@ -20,14 +20,8 @@ from . import __version__, machine
 from .calibration import mix as mixes
 from .calibration.choose import Choice, choose
 from .calibration.sources import fingerprint
-from .capabilities import contamination, store
-from .capabilities import perplexity as perplexities
-from .capabilities.harness import Loaded
-from .capabilities.metrics import name_of
-from .capabilities.retention import capability_report
-from .capabilities.score import Prepared, measure, prepare
+from .capabilities.retention import report_of_both, task_retentions
 from .choices import (
-    LENGTH,
     SAMPLES,
     Sources,
     choose_perplexity_text,
@@ -39,6 +33,7 @@ from .choices import (
     with_defaults,
 )
 from .loading import fetch_record, load_model, made_by
+from .measuring import Measuring, Progress
 from .planning import make_plan
 from .pruning import allocation, blocks, schedule
 from .pruning.activations import Activations
@@ -48,12 +43,9 @@ from .pruning.ranks import Ranks
 from .publishing import hub, push, reproduce
 from .publishing.dataset import check_licences
 from .records import (
-    CAPABILITIES,
     BaseModel,
     CalibPruneConfig,
     CalibrationSet,
-    CalibrationSource,
-    CapabilityReport,
     LayerReport,
     PerplexityReport,
     Plan,
@@ -61,9 +53,6 @@ from .records import (
     Record,
     RunRecord,
     Scores,
-    TaskOverlap,
-    TaskRetention,
-    TaskScore,
 )
 
 
@@ -72,12 +61,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .capabilities.metrics import Metric
+    from .capabilities.perplexity import Text
 
 
-Progress = Callable[[int, int, str], None]
-READS_TOO_MUCH = (
-    "a streamed model would be read from disk for every batch of questions; name the capabilities to do it"
-)
 R = TypeVar("R", bound=Record)
 
 
@@ -128,14 +114,8 @@ class CalibPruner:
         self._allow_pickle = False
         self._journal: Journal | None = None
         self._ranks = Ranks.current()
-        self._measurement = choose_tasks(self.config)
-        self._metrics = dict(metrics or {})
-        names = [task.name for task in self._measurement.tasks]
-        if other := [name for name in self._metrics if name not in names]:
-            raise ValueError(f"A metric is given for {other[0]!r}; this run measures {', '.join(names) or 'no task'}.")
-        self._prepared: Prepared | None = None
+        self._measuring = Measuring(self._home, tokenizer, self.config, perplexity_text, metrics, token)
         self._sources = choose_sources(self.config, listed(sources), token)
-        self._perplexity_source = choose_perplexity_text(self.config, perplexity_text)
         if self.streamed and any(entry.source.written for entry in self._sources):
             raise ValueError(
                 f"The mix {str(self.config.mix)!r} is text that the model writes, and a streamed model would be read from disk "
@@ -236,7 +216,7 @@ class CalibPruner:
         config = reproduce.public_config(self.config, self.base, sources)
         wanted = mixes.windows_wanted(config.mix, sources, config.samples or SAMPLES)
         written = sum(wanted.get(source.name, 0) for source in sources if source.written)
-        capabilities = () if self._reads_too_much() else self._measurement.capabilities
+        capabilities = self._measuring.capabilities
         return make_plan(self._home, config, self._groups, sorted(wanted), written, capabilities, self._ranks.size)
 
     def prune(
@@ -278,8 +258,9 @@ class CalibPruner:
     ) -> RunRecord:
         if self._pruned:
             raise ValueError("This model is pruned already; load it again for another run.")
+        measuring = self._measuring
         if dense_scores is not None:
-            self._check_dense_scores(dense_scores)
+            measuring.check_scores(dense_scores)
         sources = [entry.source for entry in self._sources]
         journal = self._journal = self._opened(work_dir, resume)
         seconds: dict[str, float] = (
@@ -287,31 +268,29 @@ class CalibPruner:
         )
         plan = self.plan()
         with _timed(seconds, "calibrate"):  # first, since data that cannot be had is the likeliest failure
-            self._tasks()
-            text = self._ranks.once(self._perplexity_text)
-            choice = self._kept(Choice, lambda: self.choose_calibration(on_progress=on_progress))
+            tasks = measuring.fingerprints()
+            text = self._ranks.once(measuring.text)
+            choice = self._kept("choice", Choice, lambda: self.choose_calibration(on_progress=on_progress))
             self.calibration = choice.calibration
-            overlaps = self._overlaps(choice)
+            overlaps = measuring.overlaps(choice)
         if journal is not None:
             journal.expect("calibration", self.calibration.fingerprint)
             journal.expect("perplexity text", text.fingerprint if text is not None else None)
-            journal.expect("tasks", {task.name: task.fingerprint() for task in self._tasks().tasks})
+            journal.expect("tasks", tasks)
         with _timed(seconds, "measure dense"):
-            dense = dense_scores or self._kept(Scores, lambda: self._measure("measure dense", on_progress))
-            before = self._kept(PerplexityReport, lambda: self._perplexity_report(text, on_progress))
+            dense = dense_scores or self._scores("dense", on_progress)
+            before = self._perplexity("dense", text, on_progress)
         with _timed(seconds, "prune"):
             self._pruned = True
             prune = self._prune(self.calibration, plan, on_progress, cancelled)
         with _timed(seconds, "measure sparse"):
-            sparse = self._kept(Scores, lambda: self._measure("measure sparse", on_progress), "sparse-scores")
-            after = self._kept(
-                PerplexityReport, lambda: self._perplexity_report(text, on_progress), "sparse-perplexity"
-            )
+            sparse = self._scores("sparse", on_progress)
+            after = self._perplexity("sparse", text, on_progress)
         self.scores = {"dense": dense, "sparse": sparse}
         self.record = RunRecord(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=reproduce.command(
-                self.config, self.base, sources, self._named_text, allow_pickle=self._allow_pickle
+                self.config, self.base, sources, measuring.named_text, allow_pickle=self._allow_pickle
             ),
             config=reproduce.public_config(self.config, self.base, sources),
             base=self.base,
@@ -323,14 +302,14 @@ class CalibPruner:
             rows=self.calibration.rows,
             fingerprint=self.calibration.fingerprint,
             prune=prune,
-            capabilities=_report(dense, sparse),
+            capabilities=report_of_both(dense, sparse),
             perplexity=text.filled(before.dense, after.dense) if text is not None else None,
             versions=machine.versions(),
             hardware=machine.hardware(self._home.device),
             seconds=seconds,
             peak_memory=machine.peak_memory(),
             overlaps=overlaps,
-            tasks=_task_retentions(dense, sparse, self._repos()),
+            tasks=task_retentions(dense, sparse, measuring.repos),
         )
         return self.record
 
@@ -338,7 +317,7 @@ class CalibPruner:
         """The journal in `work_dir`, where one was given."""
         if work_dir is None:
             if resume or self.streamed:
-                size = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**30
+                size = self.model.get_memory_footprint(return_buffers=False) / 2**30
                 why = "To resume a run" if resume else f"The model is streamed ({size:,.1f} GiB): to prune it on disk"
                 raise ValueError(f"{why}, a folder is needed that keeps the finished blocks; give it as work_dir.")
             return None
@@ -354,14 +333,22 @@ class CalibPruner:
             "weights": self._home.fingerprint(),
             "sources": {entry.source.name: fingerprint(entry) for entry in self._sources},
             "streamed": self.streamed,
-            "metrics": {task: name_of(metric) for task, metric in self._metrics.items()},
+            "metrics": self._measuring.metrics,
         }
 
-    def _kept(self, kind: type[R], compute: Callable[[], R], name: str = "") -> R:
-        """The result of a stage, computed once for all processes; of a run that is resumed it is in the journal already."""
-        return self._ranks.once(lambda: self._kept_here(kind, compute, name or kind.__name__.lower()))
+    def _scores(self, which: str, on_progress: Progress | None) -> Scores:
+        shown = _stage(on_progress, f"measure {which}")
+        return self._kept(f"{which}-scores", Scores, lambda: self._measuring.scores(shown))
 
-    def _kept_here(self, kind: type[R], compute: Callable[[], R], name: str) -> R:
+    def _perplexity(self, which: str, text: Text | None, on_progress: Progress | None) -> PerplexityReport:
+        shown = _stage(on_progress, "perplexity")
+        return self._kept(f"{which}-perplexity", PerplexityReport, lambda: self._measuring.perplexity(text, shown))
+
+    def _kept(self, name: str, kind: type[R], compute: Callable[[], R]) -> R:
+        """The result of a stage, computed once for all processes; of a run that is resumed it is in the journal already."""
+        return self._ranks.once(lambda: self._kept_here(name, kind, compute))
+
+    def _kept_here(self, name: str, kind: type[R], compute: Callable[[], R]) -> R:
         journal = self._journal
         text = journal.kept(name) if journal is not None else None
         if text is not None:
@@ -370,47 +357,6 @@ class CalibPruner:
         if journal is not None:
             journal.keep(name, found.to_json())
         return found
-
-    def _overlaps(self, choice: Choice) -> tuple[TaskOverlap, ...]:
-        """What the calibration set gives away of the items; `ValueError` where that is more than is allowed."""
-        texts: dict[str, list[str]] = {}
-        for row, ids in zip(choice.calibration.rows, choice.calibration.input_ids.tolist(), strict=True):
-            texts.setdefault(row.origin, []).append(self.tokenizer.decode(ids))
-        exempt = contamination.exempt_sources(choice.sources)
-        overlaps = contamination.count_overlaps(texts, self._item_texts(), exempt=exempt)
-        contamination.check_overlaps(overlaps, exempt, self.config.max_overlap)
-        return overlaps
-
-    def _item_texts(self) -> dict[str, list[str]]:
-        return {task.name: task.texts() for task in self._tasks().tasks}
-
-    def _repos(self) -> dict[str, str]:
-        """The data set on the Hub of each benchmark whose items are from there."""
-        benchmarks = [task.benchmark for task in self._tasks().tasks if isinstance(task, Loaded)]
-        return {benchmark.name: benchmark.repo for benchmark in benchmarks if benchmark.data is None}
-
-    def _check_dense_scores(self, given: Scores) -> None:
-        measured = {task.task for task in given.tasks}
-        left_out = {*given.not_measured, *given.missing_tasks}
-        wanted = {
-            task.name
-            for task in self._tasks().tasks
-            if task.name in measured or not left_out & {task.name, task.capability}
-        }
-        if measured != wanted:
-            raise ValueError(
-                f"dense_scores are of {', '.join(sorted(measured)) or 'no task'}; this run measures "
-                f"{', '.join(sorted(wanted)) or 'no task'}."
-            )
-        tasks = {task.name: task for task in self._tasks().tasks}
-        for score in given.tasks:
-            task, metric = tasks[score.task], self._metrics.get(score.task)
-            asked = len(score.item_scores) == task.items() and score.fingerprint in ("", task.fingerprint())
-            if not asked or (metric is not None and name_of(metric) != score.metric):
-                raise ValueError(
-                    f"dense_scores of task {score.task!r} are of other items than this run's, or were asked or scored "
-                    "differently; measure the dense model again with this run's options."
-                )
 
     def choose_calibration(self, *, on_progress: Progress | None = None) -> Choice:
         """The calibration set of the mix, the account of it, and profiles of its samples and sources."""
@@ -503,70 +449,12 @@ class CalibPruner:
 
     def evaluate(self, *, on_progress: Progress | None = None) -> Scores:
         """Scores of the model as it is now; capabilities that cannot be measured here are named with the reason."""
-        return self._measure("evaluate", on_progress)
+        return self._measuring.scores(_stage(on_progress, "evaluate"))
 
     def perplexity(self, *, on_progress: Progress | None = None) -> PerplexityReport | None:
         """Perplexity of the model as it is now, in the field `dense`; None where no text is set (the pocket)."""
-        text = self._perplexity_text()
-        return text.filled(self._perplexity(text, on_progress), None) if text is not None else None
-
-    def _tasks(self) -> Prepared:
-        """The tasks with their data, which is read once."""
-        if self._prepared is None:
-            chosen = self._measurement
-            asked = [] if self._reads_too_much() else chosen.tasks
-            self._prepared = prepare(asked, required=chosen.required, token=self.token)
-            self._prepared.missing |= chosen.refused
-            self._prepared.missing |= {t.name: (t.capability, READS_TOO_MUCH) for t in chosen.tasks if not asked}
-        return self._prepared
-
-    def _reads_too_much(self) -> bool:
-        """Whether capabilities that nobody has asked for by name would be measured with a model that is on disk."""
-        return self.streamed and self.config.capabilities == ("auto",) and not self.config.tasks
-
-    def _measure(self, stage: str, on_progress: Progress | None) -> Scores:
-        tasks = self._tasks()
-        asked = {*self._measurement.capabilities, *(capability for capability, _ in tasks.missing.values())}
-        missing = {name: "not asked for" for name in CAPABILITIES if name not in asked}
-        if not tasks.tasks:
-            return Scores((), missing | tasks.not_measured(())[0])
-        weights = self._home.fingerprint() if self.streamed else None
-        found = measure(
-            self.model,
-            self.tokenizer,
-            tasks,
-            on_progress=_stage(on_progress, stage),
-            required=self._measurement.required,
-            identity=store.of_model(self.model, self.tokenizer, weights),
-            metrics=self._metrics,
-        )
-        return replace(found, not_measured=missing | found.not_measured)
-
-    @property
-    def _named_text(self) -> CalibrationSource | None:
-        """The text that the user named to measure perplexity on."""
-        source = self._perplexity_source
-        local = source is not None and source.path is not None
-        return source if local and source.name != perplexities.LOCAL_WIKITEXT2 else None
-
-    def _perplexity_text(self) -> perplexities.Text | None:
-        source = self._perplexity_source
-        if source is None:
-            return None
-        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTH
-        wanted = self.config.length if self._named_text else LENGTH
-        return perplexities.read(source, self.tokenizer, min(wanted or LENGTH, context), self.token)
-
-    def _perplexity_report(self, text: perplexities.Text | None, on_progress: Progress | None) -> PerplexityReport:
-        if text is None:
-            return PerplexityReport("", 0)
-        return text.filled(self._perplexity(text, on_progress), None)
-
-    def _perplexity(self, text: perplexities.Text | None, on_progress: Progress | None) -> float | None:
-        if text is None or text.windows is None:
-            return None
-        shown = _stage(on_progress, "perplexity")
-        return perplexities.perplexity(self.model, text.windows, shown, self._home.logits)
+        text = self._measuring.text()
+        return self._measuring.perplexity(text, _stage(on_progress, "perplexity")) if text is not None else None
 
     # --------------------------------------------------------------------------------------- publishing
 
@@ -653,40 +541,6 @@ class CalibPruner:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def _report(dense: Scores, sparse: Scores) -> CapabilityReport:
-    """Retention over the tasks of both; those that are missing stand among what was not measured."""
-    of_both = {task.task for task in sparse.tasks}
-    dense = replace(dense, tasks=tuple(task for task in dense.tasks if task.task in of_both))
-    report = capability_report(dense, sparse)
-    return replace(report, not_measured=report.not_measured | dense.missing_tasks | sparse.missing_tasks)
-
-
-def _task_retentions(dense: Scores, sparse: Scores, repos: Mapping[str, str]) -> tuple[TaskRetention, ...]:
-    """Every task that both models were measured on, in the order of `dense`."""
-    after = {task.task: task for task in sparse.tasks}
-    return tuple(
-        _task_retention(task, after[task.task], repos.get(task.task, "")) for task in dense.tasks if task.task in after
-    )
-
-
-def _task_retention(dense: TaskScore, sparse: TaskScore, repo: str) -> TaskRetention:
-    (alone,) = capability_report(Scores((dense,)), Scores((sparse,))).capabilities
-    return TaskRetention(
-        task=dense.task,
-        capability=dense.capability,
-        metric=dense.metric,
-        items=len(dense.item_scores),
-        dense=dense.value,
-        sparse=sparse.value,
-        shots=dense.shots,
-        data=dense.data,
-        chance=dense.chance,
-        repo=repo,
-        retention=alone.retention,
-        interval=alone.interval,
-    )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from transformers import (
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
 from optimum_calibprune.capabilities.retention import capability_report
-from optimum_calibprune.cli import plan_text
+from optimum_calibprune.cli_text import plan_text
 from optimum_calibprune.pruner import _task_retentions
 from optimum_calibprune.records import Scores, TaskScore
 
@@ -377,10 +377,10 @@ def test_a_metric_that_does_not_do_is_a_sentence(task: str, metric: Any, message
 
 def test_dense_scores_of_other_items_are_refused_before_any_work() -> None:
     pruner = CalibPruner.from_pretrained("pocket", capabilities="math")
-    (task,) = pruner._tasks().tasks
+    (task,) = pruner._measuring.tasks.tasks
     same = TaskScore("pocket_math", "math", "exact_match", 0.0, (1.0,) * 400, task.fingerprint())
-    pruner._check_dense_scores(Scores((same,)))
-    pruner._check_dense_scores(Scores((replace(same, fingerprint=""),)))
+    pruner._measuring.check_scores(Scores((same,)))
+    pruner._measuring.check_scores(Scores((replace(same, fingerprint=""),)))
     for other in (replace(same, fingerprint="ab" * 32), replace(same, fingerprint="", item_scores=(1.0,) * 399)):
         with pytest.raises(ValueError, match="dense_scores of task 'pocket_math' are of other items than this run's"):
             pruner.prune(dense_scores=Scores((other,)))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from optimum_calibprune import CalibPruner, loading, pocket
 from optimum_calibprune.calibration import measure
 from optimum_calibprune.capabilities import score, store
-from optimum_calibprune.cli import plan_text
+from optimum_calibprune.cli_text import plan_text
 from optimum_calibprune.pruning.homes import Streamed
 from optimum_calibprune.pruning.schedule import Cancelled
 

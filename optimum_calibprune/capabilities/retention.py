@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ..records import CAPABILITIES, CapabilityReport, CapabilityRetention, Scores, TaskScore
+from ..records import CAPABILITIES, CapabilityReport, CapabilityRetention, Scores, TaskRetention, TaskScore
 
 
 RESAMPLES = 4000
@@ -24,6 +25,40 @@ def capability_report(dense: Scores, sparse: Scores, *, seed: int = 0) -> Capabi
     two apart: `benchmarks/coverage.py`. Raises `ValueError` where the two were not measured on the same items.
     """
     return draws_report(dense, [sparse], seed=seed)
+
+
+def report_of_both(dense: Scores, sparse: Scores) -> CapabilityReport:
+    """Retention over the tasks of both; those that are missing stand among what was not measured."""
+    of_both = {task.task for task in sparse.tasks}
+    dense = replace(dense, tasks=tuple(task for task in dense.tasks if task.task in of_both))
+    report = capability_report(dense, sparse)
+    return replace(report, not_measured=report.not_measured | dense.missing_tasks | sparse.missing_tasks)
+
+
+def task_retentions(dense: Scores, sparse: Scores, repos: Mapping[str, str]) -> tuple[TaskRetention, ...]:
+    """Every task that both models were measured on, in the order of `dense`; `repos` are the data sets of some on the Hub."""
+    after = {task.task: task for task in sparse.tasks}
+    return tuple(
+        _task_retention(task, after[task.task], repos.get(task.task, "")) for task in dense.tasks if task.task in after
+    )
+
+
+def _task_retention(dense: TaskScore, sparse: TaskScore, repo: str) -> TaskRetention:
+    (alone,) = capability_report(Scores((dense,)), Scores((sparse,))).capabilities
+    return TaskRetention(
+        task=dense.task,
+        capability=dense.capability,
+        metric=dense.metric,
+        items=len(dense.item_scores),
+        dense=dense.value,
+        sparse=sparse.value,
+        shots=dense.shots,
+        data=dense.data,
+        chance=dense.chance,
+        repo=repo,
+        retention=alone.retention,
+        interval=alone.interval,
+    )
 
 
 def draws_report(dense: Scores, draws: Sequence[Scores], *, seed: int = 0) -> CapabilityReport:

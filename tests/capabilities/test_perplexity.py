@@ -51,13 +51,13 @@ def test_a_local_wikitext_is_the_text_of_the_protocol(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=2048, max_position_embeddings=4096))
     config = CalibPruneConfig("mine", samples=8, length=64, mix="single:gsm8k", task_data=tmp_path, tasks="piqa")
     pruner = CalibPruner(model, tokenizer, config, sources=[pocket.sources()["gsm8k"]])
-    found = pruner._perplexity_text()
+    found = pruner._measuring.text()
     ids = tokenizer("\n\n".join(lines), return_tensors="pt")["input_ids"][0]
     assert len(ids) > 2 * 2048
     assert found.windows.shape[1] == 2048
     assert found.windows.flatten().tolist() == ids[: found.windows.size].tolist()
     assert found.report.text == "WikiText-2, wikitext2_test.jsonl"
-    assert pruner._named_text is None, "the recorded command names the folder alone"
+    assert pruner._measuring.named_text is None, "the recorded command names the folder alone"
     (tmp_path / "wikitext2_test.jsonl").unlink()
     assert choose_perplexity_text(config, None) == perplexity.WIKITEXT2
 

@@ -83,7 +83,7 @@ def load(name: str, **options: Any) -> dict[str, Any] | str:
         "sum": float(sum(p.double().abs().sum() for p in pruner.model.parameters())),
         "is_pocket": pruner.is_pocket,
         "made_by": made_by.to_json() if made_by is not None else None,
-        "refused": list(pruner._measurement.refused),
+        "refused": list(pruner._measuring.chosen.refused),
     }
 
 
