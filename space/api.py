@@ -13,7 +13,17 @@ import jobs
 from estimate import estimates, shape_of
 from events import EVERY, TURN, key_of
 from hardware import flavors
-from limits import CAPABILITIES, PROCESSES, Job, checked, checked_big, checked_token, whole
+from limits import (
+    CAPABILITIES,
+    PROCESSES,
+    Job,
+    checked,
+    checked_big,
+    checked_mixes,
+    checked_question,
+    checked_token,
+    whole,
+)
 from push import upload
 from runs import EXPECTED, Run, plan_of, sentence
 from visitors import Visitors
@@ -33,13 +43,44 @@ def endpoints(visitors: Visitors) -> None:
         assert run.record is not None
         return run.record.to_json()  # a client would take what a dict calls a path for a file
 
+    def compare(
+        mixes: list[str],
+        model: str = "pocket",
+        sparsity: str = "50%",
+        samples: int = 16,
+        capabilities: list[str] | None = None,
+        request: gr.Request = None,  # type: ignore[assignment]
+    ) -> str:
+        """Prunes a model with two to four mixes in turn; the answer is the list of their records as JSON."""
+        with _refusals():
+            jobs = checked_mixes(model, mixes, sparsity, samples, capabilities or CAPABILITIES)
+            run = visitors.compare(key_of(request), jobs)
+            _finish(run)
+        return f"[{','.join(record.to_json() for record in run.records)}]"
+
+    def generate(
+        prompt: str,
+        new_tokens: int = 64,
+        temperature: float = 0.0,
+        request: gr.Request = None,  # type: ignore[assignment]
+    ) -> Iterator[tuple[str, str]]:
+        """The answers of the dense and of the pruned model of this session, growing until they are finished."""
+        with _refusals():
+            run = visitors.answer(key_of(request), checked_question(prompt, new_tokens, temperature))
+            while run.wait(EVERY):
+                yield run.texts["dense"], run.texts["sparse"]
+            _finish(run)
+        yield run.texts["dense"], run.texts["sparse"]
+
+    generate.__annotations__["return"] = tuple[str, str]  # what each step is, as gradio reads it
+
     def stop(request: gr.Request) -> bool:
         """Stops the run of this session; whether there was one."""
         return visitors.stop(key_of(request))
 
     def push(repo: str, token: str, private: bool = False, create_pr: bool = False, request: gr.Request = None) -> str:  # type: ignore[assignment]
         """Uploads the result of this session to a repo of the token's owner; the answer is the address of the commit."""
-        with _one_sentence():
+        with _refusals():
             return upload(visitors.result(key_of(request)), repo, token, private, create_pr)
 
     def command(
@@ -52,9 +93,9 @@ def endpoints(visitors: Visitors) -> None:
         gpus: int = 1,
     ) -> str:
         """What to type on a machine of your own, for a model that is too large for this page."""
-        with _one_sentence():
+        with _refusals():
             job = checked_big(model, mix, sources, sparsity, samples, measure)
-            return job.command(whole("GPUs", gpus, PROCESSES))
+            return job.command(whole("The number of GPUs", gpus, PROCESSES))
 
     def estimate(
         model: str,
@@ -67,7 +108,7 @@ def endpoints(visitors: Visitors) -> None:
     ) -> str:
         """What a run may take on each hardware of Hugging Face Jobs, as JSON: bytes on the GPU, hours and dollars at best and at
         worst. Only the model's config is fetched, with your token if you give one."""
-        with _one_sentence():
+        with _refusals():
             job = checked_big(model, mix, sources, sparsity, samples, measure)
             shape = shape_of(job, checked_token(token) if token else None, visitors.root)
             return json.dumps([entry.told for entry in estimates(shape, flavors())])
@@ -86,12 +127,14 @@ def endpoints(visitors: Visitors) -> None:
         private: bool = False,
     ) -> str:
         """Starts the run as a Hugging Face Job on the account of the token's owner, who pays for it; the answer is its address."""
-        with _one_sentence():
+        with _refusals():
             job = checked_big(model, mix, sources, sparsity, samples, measure, repo, private)
             return jobs.launch(job, flavor, hours, token).url
 
     gr.api(_with_a_job(plan), api_name="plan", **TURN)
     gr.api(_with_a_job(prune), api_name="prune", **TURN)
+    gr.api(compare, api_name="compare", **TURN)
+    gr.api(generate, api_name="generate", **TURN)
     gr.api(stop, api_name="stop", queue=False)
     gr.api(push, api_name="push")
     gr.api(command, api_name="command")
@@ -111,18 +154,17 @@ def _with_a_job(answer: Callable[[Job, str], str]) -> Callable[..., str]:
         capabilities: list[str] | None = None,
         request: gr.Request = None,  # type: ignore[assignment]
     ) -> str:
-        with _one_sentence():
-            return answer(
-                checked(model, mix, sources, sparsity, samples, capabilities or CAPABILITIES), key_of(request)
-            )
+        with _refusals():
+            job = checked(model, mix, sources, sparsity, samples, capabilities or CAPABILITIES)
+            return answer(job, key_of(request))
 
     endpoint.__doc__ = answer.__doc__
     return endpoint
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
-    """What the package raises for a visitor, as an answer."""
+def _refusals() -> Iterator[None]:
+    """What was refused is said in one sentence."""
     try:
         yield
     except EXPECTED as error:

@@ -20,7 +20,9 @@ from api import endpoints  # noqa: E402
 from events import key_of  # noqa: E402
 from limits import KEPT_SECONDS, WAITING  # noqa: E402
 from view_big import big_view  # noqa: E402
+from view_compare import compare_view  # noqa: E402
 from view_prune import prune_view  # noqa: E402
+from view_try import try_view  # noqa: E402
 from visitors import Visitors  # noqa: E402
 
 
@@ -47,6 +49,8 @@ def build_demo(visitors: Visitors, login: bool = False) -> gr.Blocks:
         gr.Markdown(ABOUT, elem_classes="cp-title")
         with gr.Tabs():
             prune_view(visitors, login)
+            compare_view(visitors)
+            try_view(visitors)
             big_view(visitors.root, login)
         demo.unload(leave)
     return demo.queue(max_size=WAITING, default_concurrency_limit=8)

@@ -84,7 +84,7 @@ def headline(record: RunRecord) -> str:
         return f'<p class="cp-headline">{name} at {escape(str(record.config.sparsity))}: nothing was measured.</p>'
     worst = f"; most is lost in <b>{report.worst}</b>" if report.worst and len(report.measured) > 1 else ""
     return (
-        f'<p class="cp-headline"><b class="cp-big">{_percent(report.total)}</b> of what {name} could do is kept at '
+        f'<p class="cp-headline"><b class="cp-big">{percent(report.total)}</b> of what {name} could do is kept at '
         f"{escape(str(record.config.sparsity))} sparsity, on average over {', '.join(report.measured)}{worst}.</p>"
         f'<p class="cp-note">{zeros:.2%} of the pruned weights are zero. {sum(record.seconds.values()):,.0f} s.</p>'
     )
@@ -104,24 +104,32 @@ def retention(record: RunRecord) -> str:
     if report.total is not None and len(report.measured) > 1:
         rows.append(("total", report.total, report.total_interval, ""))
     end = max([1.0, *(x for _, value, ends, _ in rows for x in (value, *(ends or ())) if x is not None)])
-    return f'<div class="cp-bars" style="--cp-dense:{100 / end:.2f}%">{"".join(_bar(*row, end) for row in rows)}</div>'
+    drawn = [
+        bar(name, value, ends, end, fill=name)
+        if value is not None
+        else f'<div class="cp-row">{_label(name, name)}<span class="cp-why">{escape(why)}</span></div>'
+        for name, value, ends, why in rows
+    ]
+    return f'<div class="cp-bars" style="--cp-dense:{100 / end:.2f}%">{"".join(drawn)}</div>'
 
 
-def _bar(name: str, value: float | None, interval: Sequence[float] | None, why: str, end: float) -> str:
-    label = f'<span class="cp-name cp-{escape(name)}">{escape(name)}</span>'
-    if value is None:
-        return f'<div class="cp-row">{label}<span class="cp-why">{escape(why)}</span></div>'
-    drawn = f'<div class="cp-fill cp-fill-{escape(name)}" style="width:{100 * value / end:.2f}%"></div>'
+def bar(name: str, value: float, interval: Sequence[float] | None, end: float, *, fill: str, said: str = "") -> str:
+    """One bar of a figure that reaches to `end`, with its name and its number; `said` stands before what is read aloud."""
+    drawn = f'<div class="cp-fill cp-fill-{fill}" style="width:{100 * value / end:.2f}%"></div>'
     between = ""
     if interval is not None:
         low, high = interval
         drawn += f'<div class="cp-interval" style="left:{100 * low / end:.2f}%;width:{100 * (high - low) / end:.2f}%"></div>'
         between = f" <small>{100 * low:.1f} to {100 * high:.1f}</small>"
-    said = f"{name}: {_percent(value)} kept"
+    said = f"{said}{name}: {percent(value)} kept"
     return (
-        f'<div class="cp-row" role="img" aria-label="{escape(said)}">{label}<div class="cp-track cp-wide">{drawn}</div>'
-        f'<span class="cp-number">{_percent(value)}{between}</span></div>'
+        f'<div class="cp-row" role="img" aria-label="{escape(said)}">{_label(name, fill)}<div class="cp-track cp-wide">{drawn}</div>'
+        f'<span class="cp-number">{percent(value)}{between}</span></div>'
     )
+
+
+def _label(name: str, colour: str) -> str:
+    return f'<span class="cp-name cp-{escape(colour)}">{escape(name)}</span>'
 
 
 def table(record: RunRecord) -> str:
@@ -133,9 +141,14 @@ def table(record: RunRecord) -> str:
         (entry.capability, entry.items, entry.dense, entry.sparse, entry.retention) for entry in report.capabilities
     ]
     rows += [(task.task, task.items, task.dense, task.sparse, None) for task in record.tasks]
+    return table_of(rows)
+
+
+def table_of(rows: Iterable[tuple[str, int, float, float, float | None]]) -> str:
+    """Rows of name, items, dense score, sparse score and retention."""
     body = "".join(
-        f"<tr><th scope='row'>{escape(name)}</th><td>{items:,}</td><td>{_percent(dense)}</td><td>{_percent(sparse)}</td>"
-        f"<td>{'' if kept is None else _percent(kept)}</td></tr>"
+        f"<tr><th scope='row'>{escape(name)}</th><td>{items:,}</td><td>{percent(dense)}</td><td>{percent(sparse)}</td>"
+        f"<td>{'' if kept is None else percent(kept)}</td></tr>"
         for name, items, dense, sparse, kept in rows
     )
     head = "".join(f"<th scope='col'>{name}</th>" for name in ("", "items", "dense", "sparse", "retention"))
@@ -188,5 +201,18 @@ def card(folder: Path) -> str:
     return PICTURES.sub("", re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)).strip()
 
 
-def _percent(share: float) -> str:
+def answer(title: str, text: str, other: str) -> str:
+    """What a model has written so far; the word in which it parts from the `other` answer is marked."""
+    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), len(text))
+    start = max(text.rfind(" ", 0, same), text.rfind("\n", 0, same)) + 1
+    word = re.match(r"\S*", text[start:])[0] if same < len(text) else ""
+    shown = (
+        f"{escape(text[:start])}<mark>{escape(word)}</mark>{escape(text[start + len(word) :])}"
+        if word
+        else escape(text)
+    )
+    return f'<h3 class="cp-name">{escape(title)}</h3><div class="cp-answer" dir="auto">{shown}</div>'
+
+
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"

@@ -32,7 +32,7 @@ def launch(job: BigJob, flavor: str, hours: object, token: object) -> JobInfo:
     The client's `run_uv_job` would upload each file of this server that an argument is the name of; so the command is given as
     it is. Raises `ValueError`, which never shows the token.
     """
-    owner, ends = checked_token(token), whole("hours", hours, HOURS)
+    owner, ends = checked_token(token), whole("The number of hours", hours, HOURS)
     if not job.repo:
         raise ValueError(
             "Name a repo to push to: the disk of a job is gone when it ends, and the pruned model with it."

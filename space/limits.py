@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from optimum_calibprune import calibration_sources
 
 POCKET = "pocket"
 CAPABILITIES = ("general", "commonsense", "code", "math")
-MIXES = {"uniform": "texts from sources, in equal parts", "igsp": "written by the model, selected"}
+MIXES = {
+    "uniform": "texts from sources, in equal parts",
+    "igsp": "written by the model, selected",
+    "self-cal": "written by the model, unguided",
+    "balanced": "as uniform, each capability with the same weight",
+    "cola": "texts that excite the model differently",
+}
+ALONE = "single:"  # and the name of a source
 SPARSITIES = ("30%", "40%", "50%", "60%", "70%", "2:4", "4:8")
 
 SAMPLES = (4, 64)
@@ -26,6 +34,12 @@ SOURCES = 8  # at once
 ITEMS = 20  # of each benchmark; the pocket's probes are measured as a whole
 WEIGHT_BYTES = 2**30  # of a model's checkpoint
 SECONDS = 900  # a run
+GRACE = 60  # seconds beyond that, after which one that does not stop is given up
+COMPARED = (2, 4)  # mixes at once; so many of a visitor's records are kept
+PROMPT_CHARACTERS = 2000
+NEW_TOKENS = (1, 256)  # of an answer
+TEMPERATURE = (0.0, 2.0)
+ANSWER_SECONDS = 120
 WAITING = 20  # runs in the queue
 BIG_SAMPLES = (16, 1024)  # of the model's own length, where it runs elsewhere
 PROCESSES = (1, 8)  # GPUs of a visitor's machine
@@ -116,20 +130,10 @@ def checked_big(
     name = _model_name(model)
     _one_of("mix", mix, tuple(MIXES))
     _one_of("sparsity", sparsity, SPARSITIES)
-    count = whole("samples", samples, BIG_SAMPLES)
+    count = whole("The number of samples", samples, BIG_SAMPLES)
     chosen = _several("source", sources, tuple(calibration_sources(name)))
     target = checked_repo(repo) if repo else ""
     return BigJob(name, str(mix), chosen, str(sparsity), count, bool(measure), target, bool(private))
-
-
-def whole(what: str, given: object, limits: tuple[int, int]) -> int:
-    """A whole number within limits, both included."""
-    whole_float = isinstance(given, float) and given.is_integer()
-    if isinstance(given, bool) or not (isinstance(given, int) or whole_float):
-        raise ValueError(f"The number of {what} is a whole number; {_shown(given)} was given.")
-    if not limits[0] <= given <= limits[1]:
-        raise ValueError(f"{_shown(given)} {what} were asked for; this page allows {limits[0]} to {limits[1]}.")
-    return int(given)
 
 
 def checked_token(token: object) -> str:
@@ -142,15 +146,32 @@ def checked_token(token: object) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt for the dense and the sparse model, within the limits. Temperature 0: the likeliest token each time."""
+
+    prompt: str
+    new_tokens: int = 64
+    temperature: float = 0.0
+
+
+def mixes(model: str) -> dict[str, str]:
+    """What may be asked of a model: each mix, with what it is; each source alone is one, too."""
+    table = calibration_sources(model)
+    return MIXES | {f"{ALONE}{name}": f"{source.capability} alone" for name, source in table.items()}
+
+
 def checked(
     model: object, mix: object, sources: object, sparsity: object, samples: object, capabilities: object
 ) -> Job:
     """The job that a form describes; `ValueError` says what was given, what is allowed and what to do."""
     name = _model_name(model)
-    _one_of("mix", mix, tuple(MIXES))
+    _one_of("mix", mix, tuple(mixes(name)))
     _one_of("sparsity", sparsity, SPARSITIES)
-    count = whole("samples", samples, SAMPLES)
+    number = whole("The number of samples", samples, SAMPLES)
     chosen = _several("source", sources, tuple(calibration_sources(name)))
+    if chosen and str(mix).startswith(ALONE):
+        raise ValueError(f"The mix {mix} names its source; leave the other sources out.")
     if len(chosen) > SOURCES:
         raise ValueError(f"{len(chosen)} sources were chosen; this page allows {SOURCES} at once.")
     measured = _several("capability", capabilities, CAPABILITIES)
@@ -161,7 +182,33 @@ def checked(
             "Code is measured for the bundled 'pocket' only: for other models this page would have to run what they write. "
             "Leave code out, or prune on your own machine with --allow-code-execution."
         )
-    return Job(name, str(mix), chosen, str(sparsity), count, measured)
+    return Job(name, str(mix), chosen, str(sparsity), number, measured)
+
+
+def checked_mixes(
+    model: object, chosen: object, sparsity: object, samples: object, capabilities: object
+) -> tuple[Job, ...]:
+    """The jobs of a comparison, which differ in their mix alone; `ValueError` as above."""
+    names = chosen if isinstance(chosen, list | tuple) else []
+    different = list(dict.fromkeys(map(str, names)))
+    if not COMPARED[0] <= len(different) <= COMPARED[1]:
+        raise ValueError(
+            f"{len(different)} different mixes were chosen; a comparison takes {COMPARED[0]} to {COMPARED[1]}."
+        )
+    return tuple(checked(model, mix, (), sparsity, samples, capabilities) for mix in different)
+
+
+def checked_question(prompt: object, new_tokens: object, temperature: object) -> Question:
+    """What is put to both models; `ValueError` as above."""
+    text = prompt if isinstance(prompt, str) else ""
+    if not text.strip():
+        raise ValueError("There is no prompt; write something that the models shall go on with.")
+    if len(text) > PROMPT_CHARACTERS:
+        raise ValueError(f"The prompt has {len(text):,} characters; this page takes up to {PROMPT_CHARACTERS:,}.")
+    if any(unicodedata.category(character) == "Cs" for character in text):
+        raise ValueError("The prompt holds half a character (a lone surrogate), which is no text.")
+    number = whole("The number of new tokens", new_tokens, NEW_TOKENS)
+    return Question(text, number, _number("The temperature", temperature, TEMPERATURE))
 
 
 def checked_repo(name: object) -> str:
@@ -172,12 +219,12 @@ def checked_repo(name: object) -> str:
     return text
 
 
-def check_size(model: str) -> None:
+def check_size(model: str, revision: str | None = None) -> None:
     """Asks the Hub, as nobody in particular, how large a model is; `ValueError` where it is too large or not there."""
     if model == POCKET:
         return
     try:
-        files = list(HfApi(token=False).list_repo_tree(model))
+        files = list(HfApi(token=False).list_repo_tree(model, revision=revision))
     except (OSError, httpx.HTTPError) as error:
         raise ValueError(
             f"The Hub does not show a public model {model!r} here; look at its name, or take the bundled 'pocket'."
@@ -204,6 +251,18 @@ def _model_name(given: object) -> str:
 def _unusual(name: str) -> bool:
     """What the Hub does not allow in a name."""
     return len(name) > NAME_CHARACTERS or ".." in name or "--" in name or name.endswith((".", "-", ".git"))
+
+
+def whole(what: str, given: object, allowed: tuple[int, int]) -> int:
+    return int(_number(what, given, allowed, whole=True))
+
+
+def _number(what: str, given: object, allowed: tuple[float, float], whole: bool = False) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or (whole and given % 1 != 0):
+        raise ValueError(f"{what} is a {'whole ' if whole else ''}number; {_shown(given)} was given.")
+    if not allowed[0] <= given <= allowed[1]:
+        raise ValueError(f"{what} is {_shown(given)}; this page allows {allowed[0]:g} to {allowed[1]:g}.")
+    return float(given)
 
 
 def _one_of(what: str, given: object, allowed: tuple[str, ...]) -> None:

@@ -9,9 +9,11 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from limits import SECONDS, Job, check_size
+from limits import GRACE, SECONDS, Job, check_size
 from optimum_calibprune import CalibPruner, RunRecord
 
 
@@ -19,6 +21,10 @@ STAGES = ("load", "read", "measure", "measure dense", "prune", "measure sparse",
 EXPECTED = (ValueError, OSError, ImportError, MemoryError)  # what the package raises for a visitor to read
 PATHS = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]*")
 STOPPED = "The run was stopped, and nothing of it is left."
+TOO_LONG = "This took longer than the {:,} s that this page allows; ask for less."
+
+
+Keep = Callable[[RunRecord], None]
 
 
 class Stopped(Exception):
@@ -28,6 +34,8 @@ class Stopped(Exception):
 class Run:
     """Work in a thread of its own. `stage`, `done` and `total` tell where it is; `error` says in one sentence why it ended
     without success."""
+
+    seconds = SECONDS
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,8 +51,11 @@ class Run:
         raise NotImplementedError
 
     def start(self) -> None:
-        self._deadline = time.monotonic() + SECONDS
+        self.restart_clock()
         self._thread.start()
+
+    def restart_clock(self) -> None:
+        self._deadline = time.monotonic() + self.seconds
 
     def stop(self, wait: float = 60.0) -> None:
         """Asks it to stop, which it does at the next module or batch, and waits for that."""
@@ -53,9 +64,11 @@ class Run:
             self._thread.join(wait)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is still going after that time."""
+        """Whether it is still going after that time. One that does not look at the clock is given up."""
         self._thread.join(seconds)
-        return self._thread.is_alive()
+        if self._thread.is_alive() and time.monotonic() > self._deadline + GRACE:
+            self._end(TOO_LONG.format(self.seconds))
+        return not self.finished
 
     def remove(self) -> None:
         """Removes all that it has written."""
@@ -66,9 +79,7 @@ class Run:
         if self._stop.is_set():
             raise Stopped(STOPPED)
         if time.monotonic() > self._deadline:
-            raise TimeoutError(
-                f"The run took longer than the {SECONDS:,} s that this page allows; take fewer samples."
-            )
+            raise TimeoutError(TOO_LONG.format(self.seconds))
         return False
 
     def progress(self, done: int, total: int, text: str) -> None:
@@ -87,19 +98,23 @@ class Run:
         except EXPECTED as error:
             failed = sentence(error, self.folder)
         finally:
-            if failed:
-                self.error = failed
-                self.remove()
             gc.collect()
-            self.finished = True
+            self._end(failed)
+
+    def _end(self, error: str) -> None:
+        if error:
+            self.error = self.error or error
+            self.remove()
+        self.finished = True
 
 
 class PruneRun(Run):
-    """One job; in the end there is a `record`, the pruned model in `folder`, and its archive in `shelf`."""
+    """One job; in the end there is a `record`, the pruned model in `folder`, and its archive in `shelf`. `keep` is called
+    with the record."""
 
-    def __init__(self, job: Job, folder: Path, shelf: Path) -> None:
+    def __init__(self, job: Job, folder: Path, shelf: Path, keep: Keep) -> None:
         super().__init__(folder)
-        self.job, self.shelf = job, shelf
+        self.job, self.shelf, self._keep = job, shelf, keep
         self.plan_text = ""
         self.record: RunRecord | None = None
 
@@ -119,10 +134,38 @@ class PruneRun(Run):
         shutil.make_archive(str(self.shelf / name), "zip", self.folder / "model")
         self.progress(1, 1, "save")
         self.record = record
+        self._keep(record)
 
     def remove(self) -> None:
         super().remove()
         shutil.rmtree(self.shelf, ignore_errors=True)
+
+
+class CompareRun(Run):
+    """Jobs of one model after each other, each with the time of a run; the dense model is measured once. `keep` is called
+    with each record; of the pruned models nothing is kept."""
+
+    def __init__(self, jobs: Sequence[Job], folder: Path, keep: Keep) -> None:
+        super().__init__(folder)
+        self.jobs, self._keep = jobs, keep
+        self.records: list[RunRecord] = []
+
+    def work(self) -> None:
+        check_size(self.jobs[0].model)
+        dense: dict[str, Any] = {}
+        for job in self.jobs:
+            self.restart_clock()
+            self.progress(0, 0, "load")
+            record, dense = self._pruned(job, dense)
+            self.records.append(record)
+            self._keep(record)
+        self.remove()
+
+    def _pruned(self, job: Job, dense: dict[str, Any]) -> tuple[RunRecord, dict[str, Any]]:
+        """The record, and the dense model's scores as the next run takes them. The model goes with this frame."""
+        pruner = CalibPruner.from_pretrained(job.model, cache_dir=self.folder, **job.options)
+        record = pruner.prune(on_progress=self.progress, cancelled=self.check, **dense)
+        return record, {"dense_scores": pruner.scores["dense"]}
 
 
 def plan_text(pruner: CalibPruner) -> str:

@@ -67,7 +67,7 @@ def big_view(root: Path, login: bool) -> None:
     def show_command(*values: Any) -> tuple[str, Any]:
         *asked, count = values
         try:
-            typed = checked_big(*asked).command(whole("GPUs", count, PROCESSES))
+            typed = checked_big(*asked).command(whole("The number of GPUs", count, PROCESSES))
         except ValueError as error:
             return "", figures.message(sentence(error), "error")
         return f"{INSTALL}\n{typed}\n", gr.skip()

@@ -8,13 +8,17 @@ from typing import Any
 
 import gradio as gr
 
+import fields
 import figures
-from events import EVERY, PRIVATE, Desk, Update, key_of
-from limits import CAPABILITIES, MIXES, POCKET, SAMPLES, SPARSITIES, checked
+from events import EVERY, QUIET, Desk, Update, key_of
+from limits import MIXES, checked
 from optimum_calibprune import calibration_sources
 from push import push_form
 from runs import EXPECTED, PruneRun, plan_of, sentence
 from visitors import Visitors
+
+
+PROPOSED = ("uniform", "igsp")  # a comparison offers more
 
 
 def prune_view(visitors: Visitors, login: bool) -> None:
@@ -46,7 +50,11 @@ def prune_view(visitors: Visitors, login: bool) -> None:
             yield desk.ended(run.error)
             return
         found = {shown[name]: value for name, value in _shown(run).items()}
-        yield desk.ready("Done. The result stands below.", "note") | {result: gr.update(visible=True)} | found
+        yield (
+            desk.ready("Done. The result stands below; compare it, or try it, under the other tabs.", "note")
+            | {result: gr.update(visible=True)}
+            | found
+        )
 
     def show_plan(*values: Any) -> Update:
         try:
@@ -68,31 +76,19 @@ def prune_view(visitors: Visitors, login: bool) -> None:
 
 
 def _form() -> list[gr.components.Component]:
-    model = gr.Textbox(
-        POCKET,
-        label="Model",
-        elem_id="model",
-        max_length=96,
-        info="'pocket' is bundled; or owner/name of a small public model",
-    )
-    sparsity = gr.Dropdown(
-        list(SPARSITIES), value="50%", label="Sparsity", elem_id="sparsity", info="2:4: two of every four weights stay"
-    )
-    mix = gr.Radio(
-        [(f"{name}: {what}", name) for name, what in MIXES.items()], value="uniform", label="Calibration mix"
-    )
+    model, sparsity = fields.model(), fields.sparsity()
+    mix = gr.Radio([(f"{name}: {MIXES[name]}", name) for name in PROPOSED], value="uniform", label="Calibration mix")
     with gr.Accordion("More settings", open=False):
         names = list(calibration_sources())
         sources = gr.Dropdown(names, multiselect=True, label="Sources", info="None: those that belong to the mix")
-        samples = gr.Slider(*SAMPLES, value=16, step=1, label="Samples", info="of 256 tokens")
-        measured = gr.CheckboxGroup(list(CAPABILITIES), value=list(CAPABILITIES), label="Capabilities to measure")
+        samples, measured = fields.samples(), fields.capabilities()
         legend = gr.HTML(figures.legend(calibration_sources()), padding=False)
 
     def choices(name: str) -> tuple[Any, str]:
-        table = calibration_sources(POCKET if name.strip() == POCKET else "")
+        table = calibration_sources(fields.table_of(name))
         return gr.update(choices=list(table), value=[]), figures.legend(table)
 
-    model.change(choices, model, [sources, legend], show_progress="hidden", **PRIVATE)
+    model.change(choices, model, [sources, legend], **QUIET)
     return [model, mix, sources, sparsity, samples, measured]
 
 

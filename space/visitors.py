@@ -8,19 +8,32 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from limits import KEPT_RESULTS, KEPT_SECONDS, Job
-from runs import STOPPED, PruneRun
+from answers import AnswerRun
+from limits import COMPARED, KEPT_RESULTS, KEPT_SECONDS, Job, Question
+from optimum_calibprune import RunRecord
+from runs import STOPPED, CompareRun, PruneRun, Run
+
+
+R = TypeVar("R", bound=Run)
 
 
 @dataclass
 class Visitor:
-    """What belongs to one session: at most one run, and with it one folder."""
+    """What belongs to one session: the latest run, the latest pruned model with its folder, and a few records."""
 
-    run: PruneRun | None = None
+    run: Run | None = None
+    pruned: PruneRun | None = None
+    records: list[RunRecord] = field(default_factory=list)
     seen: float = field(default_factory=time.monotonic)
+
+    def keep(self, record: RunRecord) -> None:
+        """The latest of each config, and of these the latest few."""
+        self.records = [*(other for other in self.records if other.config != record.config), record][-COMPARED[1] :]
 
 
 class Visitors:
@@ -36,30 +49,57 @@ class Visitors:
         root.mkdir(parents=True, mode=0o700)
 
     def prune(self, key: str, job: Job) -> PruneRun:
-        """A new run of a visitor, in place of the one before; `ValueError` while that is going on."""
+        """A new run of a visitor, in place of the result before; `ValueError` while another run is going on."""
+
+        def make(visitor: Visitor) -> PruneRun:
+            if visitor.pruned is not None:
+                visitor.pruned.remove()
+            visitor.pruned = PruneRun(job, self._folder(), self.files / secrets.token_urlsafe(16), visitor.keep)
+            return visitor.pruned
+
+        return self._begin(key, make)
+
+    def compare(self, key: str, jobs: Sequence[Job]) -> CompareRun:
+        """A new comparison of a visitor; `ValueError` as above."""
+        return self._begin(key, lambda visitor: CompareRun(jobs, self._folder(), visitor.keep))
+
+    def answer(self, key: str, question: Question) -> AnswerRun:
+        """A visitor's question to their result and to its dense model; `ValueError` as above, and without a result."""
+        result = self.result(key)
+        return self._begin(key, lambda _: AnswerRun(question, result))
+
+    def _begin(self, key: str, make: Callable[[Visitor], R]) -> R:
         self._forget_old()
         if key in self._declined:
             raise ValueError(STOPPED)
         with self._lock:
             visitor = self._visitors.setdefault(key, Visitor())
-            earlier = visitor.run
-            if earlier is not None and not earlier.finished:
+            if visitor.run is not None and not visitor.run.finished:
                 raise ValueError("You have a run going on; wait for its end, or stop it first.")
-            shelf = self.files / secrets.token_urlsafe(16)
-            run = visitor.run = PruneRun(job, Path(tempfile.mkdtemp(dir=self.root)), shelf)
+            run = visitor.run = make(visitor)
             visitor.seen = time.monotonic()
-        if earlier is not None:
-            earlier.remove()
         run.start()
         return run
 
+    def _folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.root))
+
     def result(self, key: str) -> PruneRun:
-        """The finished run of a visitor; `ValueError` where there is none."""
+        """The pruned model of a visitor; `ValueError` where there is none."""
         visitor = self._visitors.get(key)
-        if visitor is None or visitor.run is None or visitor.run.record is None:
+        if visitor is None or visitor.pruned is None or visitor.pruned.record is None:
             raise ValueError("There is no result yet in this session; prune a model first.")
         visitor.seen = time.monotonic()
-        return visitor.run
+        return visitor.pruned
+
+    def records(self, key: str) -> list[RunRecord]:
+        """Of the latest finished runs of a visitor."""
+        visitor = self._visitors.get(key)
+        return [] if visitor is None else visitor.records
+
+    def forget_records(self, key: str) -> None:
+        if key in self._visitors:
+            self._visitors[key].records = []
 
     def stop(self, key: str) -> bool:
         """Stops the run of a visitor; whether there was one going on."""
@@ -80,13 +120,14 @@ class Visitors:
             self._declined.add(key)
 
     def leave(self, key: str) -> None:
-        """Stops what a visitor has running, and removes their folder."""
+        """Stops what a visitor has running, and removes their folders."""
         with self._lock:
             self._declined.discard(key)
             visitor = self._visitors.pop(key, None)
-        if visitor is not None and visitor.run is not None:
-            visitor.run.stop()
-            visitor.run.remove()
+        for run in (visitor.run, visitor.pruned) if visitor is not None else ():
+            if run is not None:
+                run.stop()
+                run.remove()
 
     def _forget_old(self) -> None:
         """Those who have not come back for long, and of the others who have a result all but the latest."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.publishing.run_record import example
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
+import comparison
 import figures
 
 
@@ -61,6 +63,12 @@ def test_names_from_elsewhere_stay_text(bad: str) -> None:
         figures.link("Pushed", f"https://x/{bad}"),
         figures.link("Pushed", f"javascript:{bad}"),
     ]
+    shown += [figures.answer("dense", bad, other) for other in (bad, f"x{bad}", "")]
+    shown += [
+        comparison.summary([run, example()]),
+        comparison.bars([run, example()]),
+        comparison.table([run, example()]),
+    ]
     assert not [html for html in shown if "<script" in html or "<img" in html or 'href="javascript' in html]
     assert "&lt;" in shown[0]
 
@@ -71,3 +79,42 @@ def test_the_stage_that_is_going_on_is_marked() -> None:
     assert html.count("cp-now") == 1
     assert "21 of 42" in html
     assert "width:50%" in html
+
+
+def test_runs_stand_side_by_side_under_each_capability() -> None:
+    run = example()
+    other = replace(run, config=replace(run.config, mix="single:gsm8k"))
+    measured = run.capabilities.measured
+    html = comparison.bars([run, other])
+    assert html.count('class="cp-row"') == 2 * (len(measured) + 1)  # and the total
+    assert html.count("cp-fill-run-0") == html.count("cp-fill-run-1") == len(measured) + 1
+    assert comparison.names([run, other]) == [str(run.config.mix), "gsm8k"]
+    worst = next(entry for entry in run.capabilities.capabilities if entry.capability == run.capabilities.worst)
+    said = comparison.summary([run, other])
+    assert said.count(f"<b>{worst.capability}</b>: {100 * worst.retention:.1f} %") == 2
+    assert "compare no totals" not in said
+    for entry in run.capabilities.capabilities:
+        assert comparison.table([run, other]).count(f"{entry.capability}, ") == 2
+
+
+def test_names_tell_runs_apart_and_totals_of_other_capabilities_are_not_compared() -> None:
+    run = example()
+    sparser = replace(run, config=replace(run.config, sparsity="70%"))
+    assert comparison.names([run, sparser]) == [f"{run.config.mix}, {run.config.sparsity}", f"{run.config.mix}, 70%"]
+    fewer = replace(run.capabilities, capabilities=run.capabilities.capabilities[:1])
+    assert "compare no totals" in comparison.summary([run, replace(run, capabilities=fewer)])
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "marked"),
+    [
+        ("Ottawa is it", "Bamako is it", ["Ottawa"]),
+        ("It is Ottawa.", "It is Oslo.", ["Ottawa."]),
+        ("It is", "It is Oslo", []),
+        ("same", "same", []),
+    ],
+)
+def test_the_word_in_which_answers_part_is_marked(text: str, other: str, marked: list[str]) -> None:
+    html = figures.answer("dense", text, other)
+    assert re.findall("<mark>(.*?)</mark>", html) == marked
+    assert re.sub("<.*?>", "", html) == f"dense{text}"

@@ -19,7 +19,7 @@ SPACE = Path(__file__).parents[2] / "space"
 sys.path.insert(0, str(SPACE))
 
 import limits  # noqa: E402
-from limits import Job, checked, checked_repo  # noqa: E402
+from limits import Job, checked, checked_mixes, checked_question, checked_repo  # noqa: E402
 
 
 FORM = {"model": "pocket", "mix": "uniform", "sources": [], "sparsity": "50%", "samples": 16, "capabilities": ["math"]}
@@ -84,6 +84,9 @@ def test_a_folder_of_the_server_is_no_model(tmp_path: Path, monkeypatch: pytest.
         ({"samples": 4.5}, "a whole number"),
         ({"samples": "16"}, "a whole number"),
         ({"samples": True}, "a whole number"),
+        ({"samples": float("inf")}, "a whole number"),
+        ({"samples": 10**400}, "this page allows 4 to 64"),
+        ({"mix": "single:gsm8k", "sources": ["piqa"]}, "names its source"),
         ({"capabilities": []}, "No capability was chosen"),
         ({"capabilities": ["<b>"]}, "Unknown capability"),
         ({"model": "owner/name", "capabilities": ["code"]}, "would have to run what they write"),
@@ -92,6 +95,45 @@ def test_a_folder_of_the_server_is_no_model(tmp_path: Path, monkeypatch: pytest.
 def test_each_value_is_checked(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ask(**changed)
+
+
+def test_a_comparison_is_jobs_that_differ_in_their_mix() -> None:
+    jobs = checked_mixes("pocket", ["uniform", "single:gsm8k", "uniform"], "60%", 8, ["math"])
+    assert jobs == tuple(ask(mix=mix, sparsity="60%", samples=8) for mix in ("uniform", "single:gsm8k"))
+    for mixes in (
+        None,
+        "uniform",
+        [],
+        ["igsp"],
+        ["igsp", "igsp"],
+        ["igsp", "cola", "uniform", "balanced", "self-cal"],
+    ):
+        with pytest.raises(ValueError, match="a comparison takes 2 to 4"):
+            checked_mixes("pocket", mixes, "60%", 8, ["math"])
+    with pytest.raises(ValueError, match="Unknown mix"):
+        checked_mixes("pocket", ["uniform", "single:/etc/passwd"], "60%", 8, ["math"])
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        (("", 8, 0), "There is no prompt"),
+        ((" \n", 8, 0), "There is no prompt"),
+        ((["a"], 8, 0), "There is no prompt"),
+        (("x" * 2**20, 8, 0), "has 1,048,576 characters; this page takes up to 2,000"),
+        (("\ud800", 8, 0), "half a character"),
+        (("a", 0, 0), "this page allows 1 to 256"),
+        (("a", 10**400, 0), "this page allows 1 to 256"),
+        (("a", 8.5, 0), "a whole number"),
+        (("a", 8, -1), "this page allows 0 to 2"),
+        (("a", 8, float("nan")), "this page allows 0 to 2"),
+        (("a", 8, "hot"), "is a number"),
+    ],
+)
+def test_a_question_is_checked(question: tuple, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as refused:
+        checked_question(*question)
+    assert len(str(refused.value)) < 200
 
 
 def test_more_sources_than_allowed_are_refused() -> None:

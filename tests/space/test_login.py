@@ -30,9 +30,9 @@ def _push(folder: Path, token: str | None) -> str:
 
     visitors = Visitors(folder / "visitors", folder / "files")
     saved_run(folder / "run" / "model")
-    run = PruneRun(Job(), folder / "run", folder / "files" / "shelf")
+    run = PruneRun(Job(), folder / "run", folder / "files" / "shelf", keep=lambda record: None)
     run.record = example()
-    visitors._visitors["one"] = Visitor(run)
+    visitors._visitors["one"] = Visitor(pruned=run)
     demo = build_demo(visitors, login=True)
     handler = next(entry.fn for entry in demo.fns.values() if entry.name == "push_logged_in")
     oauth = gr.OAuthToken(token=token, scope="", expires_at=0) if token is not None else None

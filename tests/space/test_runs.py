@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.publishing.run_record import example
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
@@ -16,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 import runs
 from limits import Job
 from runs import sentence
-from visitors import Visitors
+from visitors import Visitor, Visitors
 
 
 QUICK = Job(samples=4, capabilities=("general",))
@@ -79,12 +84,71 @@ def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -
 
 
 def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "SECONDS", 0.01)
+    monkeypatch.setattr(runs.Run, "seconds", 0.01)
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.prune("one", QUICK)
     wait_until(lambda: run.finished)
     assert "longer than" in run.error
     assert list(visitors.root.iterdir()) == []
+
+
+def test_a_run_that_does_not_look_at_the_clock_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(runs.Run, "seconds", 0.01)
+    monkeypatch.setattr(runs, "GRACE", 0.01)
+    monkeypatch.setattr(runs.PruneRun, "work", lambda run: released.wait(60))
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    run = visitors.prune("one", QUICK)
+    wait_until(lambda: not run.wait(0.02))
+    assert "longer than" in run.error
+    assert list(visitors.root.iterdir()) == []
+    visitors.prune("one", QUICK).stop(0.1)  # its visitor may go on
+    released.set()
+
+
+def test_a_comparison_measures_the_dense_model_once_and_keeps_records_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune, given = runs.CalibPruner.prune, []
+
+    def watched(pruner: Any, **options: Any) -> Any:
+        given.append(options.get("dense_scores"))
+        return prune(pruner, **options)
+
+    monkeypatch.setattr(runs.CalibPruner, "prune", watched)
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    jobs = [replace(QUICK, mix=mix) for mix in ("uniform", "single:gsm8k")]
+    run = visitors.compare("one", jobs)
+    with pytest.raises(ValueError, match="You have a run going on"):
+        visitors.prune("one", QUICK)
+    while run.wait(1.0):
+        pass
+    assert run.error == ""
+    assert given[0] is None
+    assert given[1].tasks
+    assert [str(record.config.mix) for record in visitors.records("one")] == ["uniform", "single:gsm8k"]
+    assert len({record.capabilities.capabilities[0].dense for record in run.records}) == 1
+    assert visitors.records("two") == []
+    assert list(visitors.root.iterdir()) == []
+    with pytest.raises(ValueError, match="no result"):
+        visitors.result("one")
+
+
+def test_a_comparison_that_is_stopped_keeps_what_was_finished(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    run = visitors.compare("one", [replace(QUICK, mix=mix) for mix in ("uniform", "single:gsm8k", "cola")])
+    wait_until(lambda: len(run.records) == 1)
+    visitors.decline("one")
+    assert run.error == runs.STOPPED
+    assert len(visitors.records("one")) == 1
+    assert list(visitors.root.iterdir()) == []
+
+
+def test_the_latest_records_are_kept_one_of_each_config() -> None:
+    visitor, record = Visitor(), example()
+    for samples in (1, 2, 3, 4, 5, 3):
+        visitor.keep(replace(record, config=replace(record.config, samples=samples)))
+    assert [kept.config.samples for kept in visitor.records] == [2, 4, 5, 3]
 
 
 @pytest.mark.parametrize("limit", [("KEPT_SECONDS", -1), ("KEPT_RESULTS", 0)])

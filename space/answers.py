@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt in, two answers out: of a result of this page, and of the dense model that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jinja2 import TemplateError
+
+from limits import ANSWER_SECONDS, Question, check_size
+from optimum_calibprune import CalibPruner
+from runs import PruneRun, Run
+
+
+STATES = ("dense", "sparse")
+
+
+class AnswerRun(Run):
+    """Both models answer at the same time; `texts` grow token by token. They are loaded for this, and go afterwards."""
+
+    seconds = ANSWER_SECONDS
+
+    def __init__(self, question: Question, result: PruneRun) -> None:
+        super().__init__(result.folder)
+        self.question, self._result = question, result
+        self.texts = dict.fromkeys(STATES, "")
+
+    def work(self) -> None:
+        models = [self._load(state) for state in STATES]
+        with ThreadPoolExecutor(len(models)) as pool:
+            list(pool.map(self._answer, STATES, models))
+
+    def remove(self) -> None:
+        """The folder is that of the result, which stays."""
+
+    def _load(self, state: str) -> CalibPruner:
+        """As for pruning: no code that comes with a model, no pickles, and within the size."""
+        self.check()
+        job, record = self._result.job, self._result.record
+        assert record is not None
+        options = {"sparsity": job.sparsity, "capabilities": "none", "stream": False}
+        if state == "sparse":
+            return CalibPruner.from_pretrained(str(self.folder / "model"), **options)
+        check_size(job.model, record.base.revision)
+        downloads = self.folder / "downloads"
+        return CalibPruner.from_pretrained(job.model, revision=record.base.revision, cache_dir=downloads, **options)
+
+    def _answer(self, state: str, pruner: CalibPruner) -> None:
+        model, tokenizer = pruner.model, pruner.tokenizer
+        prompt = encode(self.question.prompt, tokenizer)
+        tokens = prompt["input_ids"].shape[1]
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if context is not None and tokens + self.question.new_tokens > context:
+            raise ValueError(
+                f"The prompt has {tokens:,} tokens; with {self.question.new_tokens} new ones that is more than the {context:,} "
+                "that this model reads. Shorten it, or ask for fewer new tokens."
+            )
+
+        def say(text: str) -> None:
+            self.check()
+            self.texts[state] = text
+
+        kept = model.generation_config
+        model.generation_config = type(kept)(  # only its end; a repo may ask for anything
+            eos_token_id=kept.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            max_new_tokens=self.question.new_tokens,
+            do_sample=self.question.temperature > 0,
+            temperature=self.question.temperature or None,
+        )
+        model.generate(**{name: ids.to(model.device) for name, ids in prompt.items()}, streamer=Stream(tokenizer, say))
+
+
+def encode(prompt: str, tokenizer: Any) -> dict[str, Any]:
+    """Ids and mask `[1, tokens]`: as a message where the tokenizer has a chat template, else as text to go on with."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        try:
+            found = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except TemplateError as error:
+            raise ValueError("The chat template of this model does not take the prompt.") from error
+    else:
+        found = tokenizer(prompt, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+class Stream:
+    """What `generate` hands its tokens to, the prompt's `[1, tokens]` first, then one by one: the text so far goes to `say`,
+    which may raise."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        self._tokenizer, self._say = tokenizer, say
+        self._ids: list[int] | None = None
+
+    def put(self, ids: Any) -> None:
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += ids.tolist()
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self._say(text.removesuffix("\N{REPLACEMENT CHARACTER}"))  # half a character
+
+    def end(self) -> None:
+        """Nothing is held back."""
