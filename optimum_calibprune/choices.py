@@ -176,10 +176,10 @@ def choose_sources(config: CalibPruneConfig, given: Sources, token: str | None =
 
 def choose_perplexity_text(config: CalibPruneConfig, given: str | Path | None) -> CalibrationSource | None:
     """The text that the user named, else WikiText-2, from the folder with the tasks' data where it is there; none for the
-    pocket, to whom it is calibration text."""
+    pocket with its own probes alone, which need no other data."""
     if given is None:
         local = Path(config.task_data) / WIKITEXT2_FILE if config.task_data is not None else None
-        if is_pocket(config):
+        if is_pocket(config) and not any(isinstance(task, Benchmark) for task in choose_tasks(config).tasks):
             return None
         if local is not None and local.is_file():
             return CalibrationSource(LOCAL_WIKITEXT2, "general", path=str(local))

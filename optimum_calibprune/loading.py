@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 NO_SAFETENSORS = ("Please do not set `use_safetensors=True`", "Error no file named model.safetensors found")
 RECORD_NAME = "calibprune.json"
 DOWNLOADS = 3  # how often a download that breaks off is asked for
+XET_FAILED = "CAS Client Error"  # as the client of the Hub's chunk store begins, in a RuntimeError
+WITHOUT_XET = " If it is the chunk store that fails, HF_HUB_DISABLE_XET=1 goes around it."
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 STREAM = ("auto", True, False)
 LARGEST_SHARE = 0.7  # of the free memory, for weights: the rest is for Hessians and activations
@@ -211,7 +213,7 @@ def _broke_off(error: BaseException) -> bool:
     from huggingface_hub.utils import httpx
 
     causes = (error, error.__cause__, error.__context__)
-    return any(isinstance(cause, httpx.TransportError) for cause in causes)
+    return any(isinstance(cause, httpx.TransportError) or XET_FAILED in str(cause) for cause in causes)
 
 
 def _why_not_loaded(
@@ -224,7 +226,8 @@ def _why_not_loaded(
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error):
         return f"{name} is gated. Accept its terms on the Hub, then run `hf auth login` or pass a token."
     if _broke_off(error):
-        return f"The download of {name} broke off {DOWNLOADS} times. Do the same again, which fetches only what is missing."
+        said = f"The download of {name} broke off {DOWNLOADS} times. Do the same again, which fetches only what is missing."
+        return said + (WITHOUT_XET if any(XET_FAILED in str(cause) for cause in causes) else "")
     offline = huggingface_hub.is_offline_mode()
     cached = (offline or local_files_only) and _commit(name, revision, cache_dir) is not None
     pickled = (

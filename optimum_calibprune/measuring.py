@@ -154,7 +154,7 @@ class Measuring:
         return source if local and source.name != perplexities.LOCAL_WIKITEXT2 else None
 
     def text(self) -> perplexities.Text | None:
-        """The text for perplexity, in windows; None where none is set (the pocket)."""
+        """The text for perplexity, in windows; None where none is set (the pocket with its own probes)."""
         if self._text_source is None:
             return None
         model_config = self._home.model.config.get_text_config(decoder=True)

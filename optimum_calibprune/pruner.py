@@ -452,7 +452,7 @@ class CalibPruner:
         return self._measuring.scores(_stage(on_progress, "evaluate"))
 
     def perplexity(self, *, on_progress: Progress | None = None) -> PerplexityReport | None:
-        """Perplexity of the model as it is now, in the field `dense`; None where no text is set (the pocket)."""
+        """Perplexity of the model as it is now, in the field `dense`; None where no text is set (the pocket with its own probes)."""
         text = self._measuring.text()
         return self._measuring.perplexity(text, _stage(on_progress, "perplexity")) if text is not None else None
 

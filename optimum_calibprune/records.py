@@ -138,7 +138,8 @@ class CalibrationSource(Record):
     """Where calibration text comes from. `text` says how a row becomes a document: a template over the row's columns
     (`"{question}\\n{answer}"`), `"chat:COLUMN"`, or the name of a reader in `calibration/sources.py`. `written` names the
     way in which the model wrote the text itself (`"self-cal"`, `"sgs"`, `"proposals"`) and is empty for text from elsewhere;
-    only such text may serve no capability in particular (`"any"`). `pool` says what the samples were made from."""
+    only such text may serve no capability in particular (`"any"`). `pool` says what the samples were made from. Of several
+    subsets (`"algebra+geometry"`) one row each is read in turn."""
 
     name: str
     capability: str

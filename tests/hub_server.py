@@ -23,6 +23,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from tests.xet_store import XetStore
+
 
 TOKEN = "hf_fake"  # reads and writes everything
 STRANGER_TOKEN = "hf_stranger"  # valid, but sees no private repository and no gated file, and writes nothing
@@ -164,6 +166,7 @@ class HubServer:
         self.requests: list[tuple[str, str, str | None]] = []
         self.collections: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}  # what was asked for and what is told of it, by id
+        self.xet = XetStore()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._listener = Listener(self)
@@ -342,8 +345,8 @@ FIELDS = {
     "path": ".+",
     "oid": "[0-9a-f]{64}",
     "slug": "[^/]+/[^/]+",
-    "key": "[0-9a-f]+",
     "name": "[^/]+",
+    "right": "read|write",
 }
 API = "/api/(?:models|datasets)/{repo}"
 FILES = "/(?:datasets/|){repo}"
@@ -472,43 +475,52 @@ def lfs_verify(hub: HubServer, request: Request) -> Reply:
     return Reply()
 
 
-@route("GET", API + "/xet-write-token/{revision}")
+@route("GET", API + "/xet-{right}-token/{revision}")
 def xet_token(hub: HubServer, request: Request) -> Reply:
-    """Where the chunk store of the repository is: here."""
-    hub.writable(request)
-    key = f"{request.repo_type}:{request.fields['repo']}".encode().hex()
-    return Reply.of({"casUrl": f"{hub.url}/xet/{key}", "accessToken": "xet", "exp": 4102444800})
+    """Where the chunk store is, in the answer as its own client wants it and in the headers as the Hub's does."""
+    if request.fields["right"] == "write":
+        hub.writable(request)
+    else:
+        check_gate(hub.readable(request), request)
+    url, token, expires = f"{hub.url}/xet", f"xet-{request.fields['right']}", 4102444800
+    headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
+    return Reply.of({"casUrl": url, "accessToken": token, "exp": expires}, headers=headers)
 
 
-@route("POST", "/xet/{key}/v1/xorbs/default/{oid}")
+@route("POST", "/xet/v1/xorbs/default/{oid}")
 def xet_upload(hub: HubServer, request: Request) -> Reply:
-    """Takes a block of compressed chunks, each run of which counts as an uploaded file; none has chunks of two blocks here."""
-    repo_type, _, repo_id = bytes.fromhex(request.fields["key"]).decode().partition(":")
-    objects, chunks = hub.repos[repo_type, repo_id].objects, unpacked(request.body)
-    for start in range(len(chunks)):
-        for stop in range(start + 1, len(chunks) + 1):
-            content = b"".join(chunks[start:stop])
-            objects[hashlib.sha256(content).hexdigest()] = content
+    check_xet_token(request, "xet-write")
+    hub.xet.add_block(request.fields["oid"], request.body)
     return Reply.of({"was_inserted": True})
 
 
-def unpacked(block: bytes) -> list[bytes]:
-    """The chunks of a block: each has 8 bytes of header (version, length in the block, compression, length) before it."""
-    import pyarrow
-
-    chunks = []
-    while block:
-        length, kind, whole = int.from_bytes(block[1:4], "little"), block[4], int.from_bytes(block[5:8], "little")
-        packed, block = block[8 : 8 + length], block[8 + length :]
-        if kind > 1:
-            raise HubError(400, f"This Hub cannot read chunks of compression {kind}")
-        chunks.append(pyarrow.decompress(packed, whole, "lz4").to_pybytes() if kind else packed)
-    return chunks
-
-
-@route("POST", "/xet/{key}/(?:v1/)?shards")
-def xet_files(hub: HubServer, request: Request) -> Reply:
+@route("POST", "/xet/v1/shards")
+def xet_register(hub: HubServer, request: Request) -> Reply:
+    check_xet_token(request, "xet-write")
+    try:
+        hub.xet.add_files(request.body)
+    except (KeyError, ValueError) as error:
+        raise HubError(400, f"The shard does not fit what was uploaded: {error}") from error
     return Reply.of({"result": 1})
+
+
+@route("GET", "/xet/v2/reconstructions/{oid}")
+def xet_reconstruction(hub: HubServer, request: Request) -> Reply:
+    check_xet_token(request, "xet-read")
+    if request.fields["oid"] not in hub.xet.files:
+        raise HubError(404, "No such file")
+    return Reply.of(hub.xet.reconstruction(request.fields["oid"], f"{hub.url}/xet/blocks"))
+
+
+@route("GET", "/xet/blocks/{oid}")
+def xet_download(hub: HubServer, request: Request) -> Reply:
+    # Without a token, since these addresses are presigned too.
+    return partial(b"".join(hub.xet.blocks[request.fields["oid"]].packed), request.headers["Range"], {})
+
+
+def check_xet_token(request: Request, wanted: str) -> None:
+    if request.headers["Authorization"] != f"Bearer {wanted}":
+        raise HubError(401, "Invalid token of the chunk store")
 
 
 @route("POST", API + "/commit/{revision}")
@@ -518,7 +530,11 @@ def create_commit(hub: HubServer, request: Request) -> Reply:
     header, *operations = map(json.loads, request.body.splitlines())
     if header["value"].get("parentCommit", branch[-1].sha) != branch[-1].sha:
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
-    commit = Commit(header["value"]["summary"], apply(operations, branch[-1].files, repo.objects))
+
+    def uploaded(oid: str) -> bytes | None:
+        return repo.objects.get(oid, hub.xet.content(oid))
+
+    commit = Commit(header["value"]["summary"], apply(operations, branch[-1].files, uploaded))
     answer = {"success": True, "commitOid": commit.sha, "commitUrl": f"{hub.url}/{repo.path}/commit/{commit.sha}"}
     if "create_pr" in request.query:
         number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
@@ -529,16 +545,18 @@ def create_commit(hub: HubServer, request: Request) -> Reply:
     return Reply.of(answer)
 
 
-def apply(operations: Iterable[dict], files: dict[str, bytes], objects: dict[str, bytes]) -> dict[str, bytes]:
-    """The files after all operations of a commit."""
+def apply(
+    operations: Iterable[dict], files: dict[str, bytes], uploaded: Callable[[str], bytes | None]
+) -> dict[str, bytes]:
+    """The files after all operations of a commit; `uploaded` gives what was sent before it, by its SHA-256."""
     files = dict(files)
     for operation in operations:
         kind, value = operation["key"], operation["value"]
         path = value["path"].rstrip("/")
         if kind == "file":
             files[path] = base64.b64decode(value["content"])
-        elif kind == "lfsFile" and value["oid"] in objects:
-            files[path] = objects[value["oid"]]
+        elif kind == "lfsFile" and (content := uploaded(value["oid"])) is not None:
+            files[path] = content
         elif kind == "deletedFile" and path in files:
             del files[path]
         elif kind == "deletedFolder" and any(name.startswith(f"{path}/") for name in files):
@@ -553,7 +571,7 @@ def apply(operations: Iterable[dict], files: dict[str, bytes], objects: dict[str
 @route("GET", API + "/tree/{revision}(?:/{path})?")
 def tree(hub: HubServer, request: Request) -> Reply:
     commit, folder = hub.readable(request).at(request.fields["revision"]), request.fields["path"]
-    listed = entries(commit.files)
+    listed = entries(hub, commit.files)
     if folder and listed.get(folder, {}).get("type") != "directory":
         raise HubError(404, f"{folder} does not exist on {commit.sha}", "EntryNotFound")
     prefix = f"{folder}/" if folder else ""
@@ -564,7 +582,7 @@ def tree(hub: HubServer, request: Request) -> Reply:
 
 @route("POST", API + "/paths-info/{revision}")
 def paths_info(hub: HubServer, request: Request) -> Reply:
-    listed = entries(hub.readable(request).at(request.fields["revision"]).files)
+    listed = entries(hub, hub.readable(request).at(request.fields["revision"]).files)
     paths = parse_qs(request.body.decode()).get("paths", [])
     return Reply.of([listed[path] for path in paths if path in listed])
 
@@ -688,7 +706,11 @@ def resolve(hub: HubServer, request: Request) -> Reply:
     if path not in commit.files:
         raise HubError(404, "Entry not found", "EntryNotFound", headers)
     content = commit.files[path]
-    headers |= {"ETag": f'"{content_oid(path, content)}"', "Accept-Ranges": "bytes"}
+    oid = content_oid(path, content)
+    headers |= {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
+    if oid in hub.xet.names:
+        token = f"{hub.url}/api/{request.repo_type}s/{repo.repo_id}/xet-read-token/{commit.sha}"
+        headers |= {"X-Xet-Hash": hub.xet.names[oid], "Link": f'<{token}>; rel="xet-auth"'}
     if request.method == "GET" and "Range" in request.headers:
         return partial(content, request.headers["Range"], headers)
     return Reply(content, headers=headers)
@@ -704,7 +726,7 @@ def partial(content: bytes, byte_range: str, headers: dict[str, str]) -> Reply:
     return Reply(content[start:stop], 206, headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"})
 
 
-def entries(files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
+def entries(hub: HubServer, files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
     """Each file and folder by its path, as the Hub describes it."""
     listed: dict[str, dict[str, Any]] = {}
     for path, content in sorted(files.items()):
@@ -712,7 +734,10 @@ def entries(files: dict[str, bytes]) -> dict[str, dict[str, Any]]:
             listed[folder] = {"type": "directory", "path": folder, "size": 0, "oid": git_oid(folder.encode())}
         listed[path] = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
         if is_lfs(path, len(content)):
-            listed[path]["lfs"] = {"oid": content_oid(path, content), "size": len(content), "pointerSize": 134}
+            oid = content_oid(path, content)
+            listed[path]["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 134}
+            if oid in hub.xet.names:
+                listed[path]["xetHash"] = hub.xet.names[oid]
     return listed
 
 

@@ -28,9 +28,8 @@ from transformers import (
 )
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
-from optimum_calibprune.capabilities.retention import capability_report
+from optimum_calibprune.capabilities.retention import capability_report, task_retentions
 from optimum_calibprune.cli_text import plan_text
-from optimum_calibprune.pruner import _task_retentions
 from optimum_calibprune.records import Scores, TaskScore
 
 
@@ -456,7 +455,7 @@ def test_a_task_is_recorded_with_how_it_was_measured_and_what_it_kept() -> None:
     dense = TaskScore("t", "math", "acc", 0.25, (1.0, 1.0, 0.0, 1.0) * 20, "f", 5, "some/set, test")
     sparse = replace(dense, item_scores=(1.0, 0.0, 0.0, 1.0) * 20)
     only_dense = replace(dense, task="other")
-    (found,) = _task_retentions(Scores((dense, only_dense)), Scores((sparse,)), {"t": "some/set"})
+    (found,) = task_retentions(Scores((dense, only_dense)), Scores((sparse,)), {"t": "some/set"})
     assert (found.shots, found.data, found.chance, found.repo) == (5, "some/set, test", 0.25, "some/set")
     (entry,) = capability_report(Scores((dense,)), Scores((sparse,))).capabilities
     assert (found.items, found.dense, found.sparse) == (80, 0.75, 0.5)

@@ -130,6 +130,19 @@ def test_another_configuration_does_not_go_on(tmp_path: Path) -> None:
         opened(sparsity="60%").prune(work_dir=tmp_path / "work", resume=True)
 
 
+def test_another_metric_does_not_go_on(tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise Cancelled
+
+    options = {"stream": False, "capabilities": "math"}
+    with pytest.raises(Cancelled):
+        opened(metrics={"pocket_math": max}, **options).prune(work_dir=tmp_path / "work", on_progress=stop)
+    for metrics, now in (({"pocket_math": min}, '"min"'), ({}, "null")):
+        pruner = opened(metrics=metrics, **options)
+        with pytest.raises(ValueError, match=f'metrics.pocket_math was "max" and is {now}'):
+            pruner.prune(work_dir=tmp_path / "work", resume=True)
+
+
 def test_another_text_for_perplexity_does_not_go_on(tmp_path: Path) -> None:
     seen: list[str] = []
     with pytest.raises(Cancelled):
@@ -145,7 +158,7 @@ def test_what_was_measured_of_the_pruned_model_is_kept(tmp_path: Path, monkeypat
     first = opened(stream=False)
     first.prune(work_dir=tmp_path / "work")
     again = opened(stream=False)
-    monkeypatch.setattr(again, "_perplexity", lambda *_: pytest.fail("it was measured before"))
+    monkeypatch.setattr(again._measuring, "perplexity", lambda *_: pytest.fail("it was measured before"))
     record = again.prune(work_dir=tmp_path / "work", resume=True)
     assert first.record is not None
     assert record.perplexity == first.record.perplexity

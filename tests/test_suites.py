@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from optimum_calibprune import CalibPruneConfig, CalibPruner, RunRecord, pocket
 from optimum_calibprune.capabilities.benchmarks import BENCHMARKS
+from optimum_calibprune.capabilities.perplexity import WIKITEXT2
+from optimum_calibprune.capabilities.retention import report_of_both
 from optimum_calibprune.capabilities.sandbox import isolation
-from optimum_calibprune.choices import choose_tasks
-from optimum_calibprune.pruner import _report
+from optimum_calibprune.choices import choose_perplexity_text, choose_tasks
 from optimum_calibprune.publishing.reproduce import command, public_config
 from optimum_calibprune.records import BaseModel, Scores, TaskScore
 from tests.hub_server import HubServer
@@ -160,6 +161,20 @@ def test_auto_measures_what_it_can_and_names_the_rest(data: Path) -> None:
     assert str(data.parent) not in record.to_json()
 
 
+def test_the_pocket_has_perplexity_beside_benchmarks_and_not_beside_its_own_probes(data: Path) -> None:
+    text = json.loads((pocket.MODEL.parent / "texts" / "wikitext2.jsonl").read_text().splitlines()[0])["text"]
+    (data / "wikitext2_test.jsonl").write_text(lines([{"text": text}] * 8))
+    options = {"suite": "quick", "task_data": data, "mix": "uniform", "samples": 8, "length": 64}
+    found = CalibPruner.from_pretrained("pocket", **options).prune().perplexity
+    assert found is not None
+    assert (found.text, found.length) == ("WikiText-2, wikitext2_test.jsonl", 1024), "windows as long as its context"
+    assert found.tokens >= 1024
+    assert 1 < found.dense < found.sparse
+    assert choose_perplexity_text(CalibPruneConfig("pocket", suite="full"), None) is WIKITEXT2
+    for own in ({}, {"tasks": "pocket_math"}, {"capabilities": "none"}):
+        assert choose_perplexity_text(CalibPruneConfig("pocket", **own), None) is None
+
+
 def test_what_is_asked_for_by_name_must_be_there(data: Path) -> None:
     pruner = CalibPruner.from_pretrained("pocket", tasks=["piqa", "sciq"], task_data=data)
     with pytest.raises(
@@ -192,7 +207,7 @@ def test_a_task_that_only_the_dense_model_was_asked_is_left_out_and_named() -> N
         made = [TaskScore(name, "math", "acc", 0.0, (1.0, 1.0, 0.0, 1.0) * 5) for name in tasks]
         return Scores(tuple(made), {}, missing)
 
-    report = _report(
+    report = report_of_both(
         scores("a", "b", missing={"c": "no data"}), scores("a", missing={"b": "no memory", "c": "no data"})
     )
     assert report.capabilities[0].items == 20

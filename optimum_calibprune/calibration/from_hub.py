@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo
 
 ROWS_CHECKED = 100
+EVERY_ROW = "all_exhausted_without_replacement"  # one row of each subset in turn, until all have ended
 
 
 def load_from_hub(source: CalibrationSource, token: str | None) -> tuple[CalibrationSource, Any]:
@@ -34,9 +35,11 @@ def load_from_hub(source: CalibrationSource, token: str | None) -> tuple[Calibra
         if online:
             info = huggingface_hub.HfApi(token=token).dataset_info(repo, revision=revision)
             revision, licence = info.sha, licence or _licence(info)
-        found = datasets.load_dataset(
-            repo, source.subset, split=source.split, revision=revision, token=token, streaming=online
-        )
+        parts = [
+            datasets.load_dataset(repo, subset, split=source.split, revision=revision, token=token, streaming=online)
+            for subset in (source.subset.split("+") if source.subset else [None])
+        ]
+        found = datasets.interleave_datasets(parts, stopping_strategy=EVERY_ROW) if len(parts) > 1 else parts[0]
     return replace(source, revision=revision, licence=licence), found
 
 

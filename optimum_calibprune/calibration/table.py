@@ -35,7 +35,11 @@ SOURCES: dict[str, CalibrationSource] = {
         CalibrationSource("gsm8k", "math", "openai/gsm8k", "main", text="gsm8k", licence="mit"),
         CalibrationSource("metamath", "math", "meta-math/MetaMathQA", text="{query}\n\n{response}"),
         CalibrationSource(
-            "hendrycks_math", "math", "EleutherAI/hendrycks_math", "algebra", text="{problem}\n\n{solution}"
+            "hendrycks_math",
+            "math",
+            "EleutherAI/hendrycks_math",
+            "algebra+counting_and_probability+geometry+intermediate_algebra+number_theory+prealgebra+precalculus",
+            text="{problem}\n\n{solution}",
         ),
         CalibrationSource("open_web_math", "math", "open-web-math/open-web-math", licence="odc-by"),
     )

@@ -21,9 +21,10 @@ from pathlib import Path
 # Lets a busy machine start and clean up; the supervisor itself enforces the program's own limit.
 _GRACE_SECONDS = 20.0
 _MEMORY_BYTES = 512 * 2**20
-Job = tuple[str | None, str]  # a program and its tests, or None and a program that holds its own
+Job = tuple[str, str]  # a program and its tests
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
-_BASIC_PROBE = f"""
+_PROBES = (
+    f"""
 import os
 try:
     open(os.__file__).close()
@@ -37,24 +38,25 @@ except MemoryError:
     pass
 else:
     raise AssertionError("memory is not limited")
-"""
-_NETWORK_PROBE = """
+""",
+    """
 import socket
-try:
-    socket.create_connection(("127.0.0.1", {port}), timeout=2)
-except OSError:
-    pass
-else:
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    try:
+        socket.socket(socket.AF_INET, kind).connect(("127.0.0.1", PORT))
+    except OSError:
+        continue
     raise AssertionError("the network is open")
-"""
-_FILES_PROBE = """
-try:
-    open("/etc/passwd")
-except OSError:
-    pass
-else:
+""",
+    """
+for path in ("/etc/passwd", "/proc/self/status"):
+    try:
+        open(path)
+    except OSError:
+        continue
     raise AssertionError("files are open")
-"""
+""",
+)
 
 
 class SandboxUnavailable(RuntimeError):
@@ -80,19 +82,14 @@ class Isolation:
     """What this machine keeps from generated code, each found by a program that tried.
 
     Args:
-        available: Programs can be run: own process, limits, unprivileged user, empty environment.
+        available: Programs can be run: by an unprivileged user, with limits and an empty environment, cut off from the
+            network and from all files but Python's library and system libraries, which are read-only.
         reason: Why programs cannot be run; empty where they can.
-        user: The program runs as an unprivileged user.
-        network: The network is cut off.
-        files: All files are out of sight but Python's library and system libraries, which are read-only.
         namespaces: The program runs in namespaces of its own, rather than under a spare user id only.
     """
 
     available: bool
     reason: str = ""
-    user: bool = False
-    network: bool = False
-    files: bool = False
     namespaces: bool = False
 
 
@@ -105,8 +102,8 @@ def isolation() -> Isolation:
     1. Namespaces, as root or where the kernel lets users create them: the program sees no other process, no network,
        and no files but Python's library (read-only) and a small folder in memory. What it starts ends with it,
        because the kernel ends a process namespace with its first process.
-    2. As root without the right to create namespaces (most containers): a spare user id, with Landlock in front of
-       the files where the kernel has it. The network stays open. Everything of that user id is killed at the end.
+    2. As root without the right to create namespaces (most containers): a spare user id. Landlock closes all files but
+       Python's library and a folder, and a filter of system calls the network. Everything of that user id is killed at the end.
 
     As root, both give up root for a spare user id. Without root and without namespaces a program would run as the
     user, with the user's files and processes in reach, so it is not run at all.
@@ -174,18 +171,6 @@ def check_programs(
     return [verdicts[job] for job in programs]
 
 
-def run_program(program: str, *, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES) -> Verdict:
-    """Run one program that holds its own tests; it passes if it reaches its end without an exception.
-
-    Ordinary Python code cannot reach the secret that is a pass, but no check inside one process withstands a program that
-    reads its own memory, nor one that redefines what its tests use; `check_program` does.
-
-    Raises:
-        SandboxUnavailable: The program was not run, because it cannot be isolated here.
-    """
-    return _judge((None, program), timeout_seconds, memory_bytes, _available().namespaces)
-
-
 def _available() -> Isolation:
     level = isolation()
     if not level.available:
@@ -218,16 +203,17 @@ _VERDICTS = _Verdicts(2**14)
 def _probe(*, namespaces: bool) -> Isolation:
     """Try what the programs must not manage, locked up in one of the two ways."""
     try:
-        with _Supervisor(_GRACE_SECONDS, _MEMORY_BYTES, namespaces) as supervisor:
-            basic = supervisor.judge((None, _BASIC_PROBE))
-            if not basic.passed:
-                return Isolation(available=False, reason=basic.reason)
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                network = supervisor.judge((None, _NETWORK_PROBE.format(port=server.getsockname()[1]))).passed
-            files = supervisor.judge((None, _FILES_PROBE)).passed
+        with (
+            _Supervisor(_GRACE_SECONDS, _MEMORY_BYTES, namespaces) as supervisor,
+            socket.create_server(("127.0.0.1", 0)) as server,
+        ):
+            for probe in _PROBES:
+                verdict = supervisor.judge((probe.replace("PORT", str(server.getsockname()[1])), ""))
+                if not verdict.passed:
+                    return Isolation(available=False, reason=verdict.reason)
     except (OSError, SandboxUnavailable) as error:
         return Isolation(available=False, reason=str(error))
-    return Isolation(available=True, user=True, network=network, files=files, namespaces=namespaces)
+    return Isolation(available=True, namespaces=namespaces)
 
 
 def _judge(job: Job, seconds: float, memory: int, namespaces: bool) -> Verdict:
@@ -286,9 +272,8 @@ class _Supervisor:
         limit = threading.Timer(self._seconds + _GRACE_SECONDS, process.kill)
         limit.start()
         try:
-            texts = [text.encode("utf-8", "surrogatepass") if text is not None else None for text in job]
-            lengths = " ".join("-1" if text is None else str(len(text)) for text in texts)
-            process.stdin.write(f"{lengths} {folder}\n".encode() + b"".join(filter(None, texts)))
+            program, tests = (text.encode("utf-8", "surrogatepass") for text in job)
+            process.stdin.write(f"{len(program)} {len(tests)} {folder}\n".encode() + program + tests)
             process.stdin.flush()
             length = process.stdout.readline()
             answer = process.stdout.read(int(length or 0)).decode("utf-8", "replace")

@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,18 @@ from types import ModuleType
 
 REPORT, CHANNEL = 3, 4  # file descriptors of a process that is locked up
 LOCKED_UP = b"locked up"
+
+
+def _beside(name: str) -> ModuleType:
+    """A module beside this file, loaded by its path: a bare Python finds nothing of ours by name."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+remote, system_calls = _beside("remote"), _beside("system_calls")
 
 
 def _call(name: str, *arguments: int | bytes | None) -> int:
@@ -96,20 +109,28 @@ def _enter_empty_root(folder: str) -> None:
 
 
 def _enter_folder(folder: str) -> None:
-    """Go to the folder and, where the kernel has Landlock, close all files but the folder and the libraries."""
+    """Go to the folder and let Landlock close all files but it and the libraries; nothing can be executed from either."""
     os.chdir(folder)
     try:
         version = _call("syscall", 444, None, 0, 1)  # landlock_create_ruleset, LANDLOCK_CREATE_RULESET_VERSION
-    except OSError:
-        return
+    except OSError as error:
+        raise OSError(f"files stay open, since the kernel has no Landlock ({error.strerror})") from error
     every_right = (1 << {1: 13, 2: 14}.get(version, 15)) - 1
-    read = 0b1100  # LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR
+    read, execute = 0b1100, 1  # LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR, ..._EXECUTE
     rules = _call("syscall", 444, every_right.to_bytes(8, sys.byteorder), 8, 0)
-    for path, rights in [(folder, every_right), *((library, read) for library in _libraries())]:
+    for path, rights in [(folder, every_right & ~execute), *((library, read) for library in _libraries())]:
         opened = os.open(path, os.O_PATH)
         rule = rights.to_bytes(8, sys.byteorder) + opened.to_bytes(4, sys.byteorder)
         _call("syscall", 445, rules, 1, rule, 0)  # landlock_add_rule, LANDLOCK_RULE_PATH_BENEATH
     _call("syscall", 446, rules, 0)  # landlock_restrict_self
+
+
+def _refuse_system_calls() -> None:
+    """Close the network, and all else that would outlive the program, to this process and those that it starts."""
+    steps = system_calls.filter_for(os.uname().machine)
+    kept = ctypes.create_string_buffer(steps, len(steps))
+    program = struct.pack("HP", len(steps) // 8, ctypes.addressof(kept))  # struct sock_fprog
+    _call("prctl", 22, 2, program, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def _limit_resources(seconds: float, memory: int) -> None:
@@ -155,6 +176,7 @@ def _lock_up(folder: str, seconds: float, memory: int, namespaces: bool, uid: in
     else:
         _drop_privileges(uid)
         _enter_folder(folder)
+        _refuse_system_calls()
 
 
 def _refuse_introspection(event: str, arguments: tuple) -> None:
@@ -164,15 +186,6 @@ def _refuse_introspection(event: str, arguments: tuple) -> None:
         raise PermissionError(f"{event} is refused to generated code")
     if event == "import" and "ctypes" in arguments[0]:
         raise ImportError(f"{arguments[0]} is refused to generated code")
-
-
-def _remote() -> ModuleType:
-    """`remote.py` beside this file, loaded by its path: a bare Python finds nothing of ours by name."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "remote.py")
-    spec = importlib.util.spec_from_file_location("remote", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _module(name: str) -> ModuleType:
@@ -191,34 +204,33 @@ def _disarm() -> None:
     sys.addaudithook(_refuse_introspection)
 
 
-def _execute(tests: bytes, peer: object, names_for: Callable) -> bytes:
+def _execute(tests: bytes) -> bytes:
     """Run the tests as the main module, with what they use of the program, and return nothing to add to the secret."""
-    main = _module("__main__")
-    if peer is not None:
-        peer.wait()
-        main.__dict__.update(names_for(tests.decode("utf-8"), peer))
+    main, peer = _module("__main__"), remote.Peer(CHANNEL)
+    peer.wait()
+    main.__dict__.update(remote.names_for(tests.decode("utf-8"), peer))
     exec(compile(tests, "<tests>", "exec", dont_inherit=True), main.__dict__)
     return b""
 
 
-def _run_tests(tests: bytes, peer: object, names_for: Callable) -> None:
+def _run_tests(tests: bytes) -> None:
     """Run the tests; the secret comes in on file descriptor 0, and the outcome goes out on 3."""
     _disarm()
     try:
         # While the tests run, the secret is on the interpreter's stack alone: no name or object leads to it.
         # No secret comes from a keeper that died before this process could ask to die with it.
-        os.write(3, (os.read(0, 16) or os._exit(1)) + _execute(tests, peer, names_for))
+        os.write(3, (os.read(0, 16) or os._exit(1)) + _execute(tests))
     except MemoryError:
         os.write(3, b"out of memory")
     except BaseException as error:  # SystemExit too: the tests did not reach their end
         os.write(3, f"{type(error).__name__}: {error}"[:400].encode("utf-8", "replace"))
 
 
-def _serve_program(program: bytes, peer_of: Callable) -> None:
+def _serve_program(program: bytes) -> None:
     """Run the program, and then what its tests ask of it. It is not the main module, as in the field's harnesses."""
     _disarm()
     module = _module("program")
-    peer = peer_of(CHANNEL, module.__dict__)
+    peer = remote.Peer(CHANNEL, module.__dict__)
     try:
         exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
@@ -303,38 +315,29 @@ def _start_locked_up(run: Callable, descriptors: Sequence[int], limits: tuple) -
     return child, arrives
 
 
-def _start(program: bytes | None, tests: bytes, remote: ModuleType, limits: tuple) -> tuple[int, ...]:
-    """Start the tests, and the program if it is apart from them; return where to send the secret, where the outcome
-    arrives, and the processes, that of the tests last.
+def _start(program: bytes, tests: bytes, limits: tuple) -> tuple[int, ...]:
+    """Start the tests and the program; return where to send the secret, where the outcome arrives, and the processes, that
+    of the tests last.
 
     The tests come first: in a process namespace no other process can harm the first one, and all end with it.
     """
     null = os.open(os.devnull, os.O_RDWR)
     secrets, send_secret = os.pipe()
     ours, theirs = socket.socketpair()
-
-    def run_tests() -> None:
-        peer = remote.Peer(CHANNEL) if program is not None else None
-        _run_tests(tests, peer, remote.names_for)
-
+    run_tests, serve = functools.partial(_run_tests, tests), functools.partial(_serve_program, program)
     testing, outcomes = _start_locked_up(run_tests, (secrets, null, null, ours.fileno()), limits)
-    processes = [testing]
-    if program is not None:
-        serve = functools.partial(_serve_program, program, remote.Peer)
-        processes.insert(0, _start_locked_up(serve, (null, null, null, theirs.fileno()), limits)[0])
+    serving, _ = _start_locked_up(serve, (null, null, null, theirs.fileno()), limits)
     for end in (ours, theirs):
         end.close()
     os.close(secrets)
-    return send_secret, outcomes, *processes
+    return send_secret, outcomes, serving, testing
 
 
-def _keep(
-    program: bytes | None, tests: bytes, folder: str, seconds: float, memory: int, namespaces: bool, remote: ModuleType
-) -> str:
+def _keep(program: bytes, tests: bytes, folder: str, seconds: float, memory: int, namespaces: bool) -> str:
     """Judge one program in a folder that is fresh, and return "passed seconds reason"."""
     uid = _spare_user()
     _prepare_keeper(folder, namespaces, uid)
-    send_secret, outcomes, *processes = _start(program, tests, remote, (folder, seconds, memory, namespaces, uid))
+    send_secret, outcomes, *processes = _start(program, tests, (folder, seconds, memory, namespaces, uid))
     secret, start = os.urandom(16), time.monotonic()
     os.write(send_secret, secret)
     os.close(send_secret)
@@ -355,18 +358,18 @@ def _answer(text: str) -> None:
 
 def _serve(seconds: float, memory: int, namespaces: bool, caller: int) -> None:
     """Answer each request (a line "length length folder", the program, its tests) with "passed seconds reason", or with
-    "! reason" where the program could not be isolated. A length of -1: there is no program apart from the tests."""
+    "! reason" where the program could not be isolated."""
     _live_no_longer_than(caller)
     __import__("resource")  # here, so that not every fork loads it
-    remote, supervisor = _remote(), os.getpid()
+    supervisor = os.getpid()
     while header := sys.stdin.buffer.readline():
         *lengths, folder = header.decode().rstrip("\n").split(" ", 2)
-        program, tests = (sys.stdin.buffer.read(int(length)) if length != "-1" else None for length in lengths)
+        program, tests = (sys.stdin.buffer.read(int(length)) for length in lengths)
         keeper = os.fork()
         if keeper == 0:
             try:
                 _live_no_longer_than(supervisor)
-                _answer(_keep(program, tests, folder, seconds, memory, namespaces, remote))
+                _answer(_keep(program, tests, folder, seconds, memory, namespaces))
             except SystemExit as error:
                 _answer(f"! {error}")
             except Exception as error:  # whatever it is, the program was not judged

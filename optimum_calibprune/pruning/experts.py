@@ -105,7 +105,8 @@ class Routed:
             if not self.experts.pruned(expert)[part]:
                 continue
             arrived = self.arrive(expert, self._starved(expert, part, sent, total), between=part == 1)
-            ranks.add_up_hessians(arrived.hessians, to=owner)
+            for hessian in arrived.hessians:
+                hessian.add_up(ranks, to=owner)
             own = arrived if owner == ranks.rank else own
         return own
 

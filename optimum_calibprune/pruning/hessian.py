@@ -11,7 +11,11 @@ from torch import Tensor
 
 from .kernels import Kernels, kernels_for
 from .kernels.precision import full_precision
-from .triangular import factor_, invert_
+from .ranks import ALONE, Ranks
+from .triangular import WIDTH, factor_, invert_, spans
+
+
+DIVIDED = 2 * WIDTH  # columns; with no more than these every rank makes the factor: two blocks leave little to divide
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,16 @@ class Hessian:
         self.sum += other.sum.to(self.sum)
         self.tokens += other.tokens
 
+    def add_up(self, ranks: Ranks, to: int | None = None) -> None:
+        """Makes it the Hessian of all ranks' tokens: everywhere, or on one rank (elsewhere it is of no use then)."""
+        if ranks.size == 1:
+            return
+        tokens = torch.tensor(self.tokens, dtype=torch.float64, device=self.sum.device)
+        ranks.add_up(tokens, to)
+        self.tokens = float(tokens)
+        for span in spans(len(self.sum)):
+            ranks.add_up(self.sum[: span.stop, span], to)
+
     @classmethod
     @torch.no_grad()
     def balanced(cls, parts: Sequence[Hessian], weights: Sequence[float]) -> Hessian:
@@ -115,11 +129,12 @@ class Hessian:
             raise ValueError("The Hessian has no tokens; add inputs first.")
 
     @torch.no_grad()
-    def factor(self, damping: float = 0.01) -> Factor:
+    def factor(self, damping: float = 0.01, ranks: Ranks = ALONE) -> Factor:
         """The factor of the inverse, for all layers that share this input.
 
         `damping` times the mean of the diagonal is added to it. If the factorisation fails: float64 at the same damping,
-        then 10 %, then 100 % (never less than was asked); then `NotFactored`; `NotFinite` where NaN has entered.
+        then 10 %, then 100 % (never less than was asked); then `NotFactored`; `NotFinite` where NaN has entered. Several
+        `ranks` that have the same Hessian do it together, and end alike.
         """
         self._check_tokens()
         dead = self.sum.diagonal() == 0
@@ -129,7 +144,7 @@ class Hessian:
             damped = self.sum.to(dtype, copy=True).mul_(2.0 / self.tokens)
             diagonal = damped.diagonal()
             diagonal.add_(share * diagonal.mean()).masked_fill_(dead, 1.0)
-            factored, some_dead = torch.stack([inverse_factor_(damped), dead.any()]).tolist()
+            factored, some_dead = torch.stack([inverse_factor_(damped, ranks), dead.any()]).tolist()
             if not factored:
                 self.check()  # a NaN fails here, too
                 continue
@@ -139,21 +154,22 @@ class Hessian:
         raise NotFactored("The Hessian could not be factored, not even in float64 with 100 % damping.")
 
 
-def inverse_factor_(H: Tensor) -> Tensor:
+def inverse_factor_(H: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Overwrites H by the upper triangular `U` with H^-1 = U^T U; reads its upper triangle only.
 
     With H = F F^T, F upper triangular (a Cholesky factorisation from the last column to the first), U is the inverse of F:
-    one Cholesky and one triangular inverse, 2/3 n^3 operations.
+    one Cholesky and one triangular inverse, 2/3 n^3 operations. Several `ranks` that have the same H
+    divide them, and end with the same U and flag.
 
     Returns:
         A flag on the device: False where H is not positive definite as far as its dtype can tell; U is of no use then. A
         pivot that is all rounding error counts as a failure: Cholesky passes a singular matrix where the error happens
         to be positive.
     """
-    diagonal = H.diagonal().clone()
+    diagonal, together = H.diagonal().clone(), ranks if len(H) > DIVIDED else ALONE
     with full_precision():
-        failed = factor_(H)
+        failed = factor_(H, together)
         lost = H.diagonal().square() <= 16 * torch.finfo(H.dtype).eps * diagonal
-        invert_(H)
+        invert_(H, together)
     finite = torch.stack(H.aminmax()).isfinite().all()  # NaN where there is one
-    return ~(failed | lost.any()) & finite
+    return ranks.agree(~(failed | lost.any()) & finite)

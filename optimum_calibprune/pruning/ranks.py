@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from .hessian import Hessian
 
 
 T = TypeVar("T")
@@ -116,25 +114,22 @@ class Ranks:
             dist.all_gather_object(found, value)
         return found
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Replaces it by the sum over the ranks; any strides."""
+    def add_up(self, tensor: Tensor, to: int | None = None) -> None:
+        """Replaces it by the sum over the ranks: everywhere, or on one rank (elsewhere it is of no use then); any strides."""
         if self.size == 1:
             return
         whole = tensor.contiguous()  # what is no run of memory would be added up wrongly, without a word
         with _lost():
-            dist.all_reduce(whole)
+            dist.all_reduce(whole) if to is None else dist.reduce(whole, dst=to)
         tensor.copy_(whole)
 
-    def add_up_hessians(self, hessians: Sequence[Hessian], to: int | None = None) -> None:
-        """Makes each the Hessian of all ranks' tokens: everywhere, or on one rank (elsewhere it is of no use then)."""
+    def agree(self, flag: Tensor) -> Tensor:
+        """Whether it is true on all ranks."""
         if self.size == 1:
-            return
-        for hessian in hessians:
-            tokens = torch.tensor(hessian.tokens, dtype=torch.float64, device=hessian.sum.device)
-            with _lost():
-                for tensor in (hessian.sum, tokens):
-                    dist.all_reduce(tensor) if to is None else dist.reduce(tensor, dst=to)
-            hessian.tokens = float(tokens)
+            return flag
+        count = flag.int()
+        self.add_up(count)
+        return count == self.size
 
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """The ranks' tensors, which have one shape, side by side."""
@@ -150,10 +145,12 @@ class Ranks:
         """Replaces it by that of the rank `source`; any strides."""
         if self.size == 1:
             return
-        whole = tensor.contiguous()
+        sends = self.rank == source
+        whole = tensor.contiguous() if sends else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         with _lost():
             dist.broadcast(whole, src=source)
-        tensor.copy_(whole)
+        if not sends:
+            tensor.copy_(whole)
 
 
 ALONE = Ranks()

@@ -247,7 +247,8 @@ class _BlockWalk:
             if isinstance(arrived, Routed):
                 yield from arrived.solve_in_turn(self._solve, dense=two_passes, ask=ask, ranks=self.ranks)
             else:
-                self.ranks.add_up_hessians(arrived.hessians)
+                for hessian in arrived.hessians:
+                    hessian.add_up(self.ranks)
                 yield from self._solve(stop.matrices, arrived, self.ranks)
             del arrived  # before the next one takes its room
 

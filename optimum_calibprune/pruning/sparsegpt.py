@@ -183,9 +183,9 @@ def _sparsegpt(
 
     The order is that of |w| / U_jj, which is what is compared: squares of small weights would underflow into ties.
 
-    Of several ranks each sweeps its part of all rows; what goes in a window is chosen among all of them.
+    Several ranks factor together, and each sweeps its part of all rows; what goes in a window is chosen among all of them.
     """
-    factor = H.factor(damping)
+    factor = H.factor(damping, ranks)
     rows = [len(weight) for weight in weights]
     W = _columns_of(weights, factor.U.dtype, _Rows.of(rows, ranks))
     if factor.dead is not None:

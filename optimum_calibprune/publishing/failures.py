@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 # Seconds before each further attempt. Within one attempt the client repeats single requests by itself, where it does that.
 WAITS = (1.0, 4.0, 16.0)
 MOST_PATIENT = 300.0  # seconds of a Retry-After header that are waited for
+TOLD_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")
 PASSING = (408, 412, 429, 500, 502, 503, 504)  # 412: another commit came in between
 WHY = {
     401: "the Hub does not accept the token; run `hf auth login`, or pass a token that may write",
@@ -114,7 +115,9 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    """Of the answer that an error tells of; the client of the chunk store tells of it in words."""
+    told = TOLD_STATUS.search(str(error)) if isinstance(error, OSError | RuntimeError) else None
+    return getattr(getattr(error, "response", None), "status_code", int(told[1]) if told else None)
 
 
 def _is_transport(error: BaseException) -> bool:

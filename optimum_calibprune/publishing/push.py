@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,10 +59,7 @@ def push_folder(
         PushError: for everything else that keeps the folder from the Hub.
     """
     folder = Path(folder)
-    if create_pr and revision is not None:
-        raise ValueError(
-            f"A pull request goes to the main branch; revision {revision!r} was given beside create_pr. Leave one of them out."
-        )
+    _check_target(revision, create_pr)
     files = _files(folder)
     if repo_type == "model" and RECORD_NAME not in files:
         raise FileNotFoundError(f"{folder} holds no {RECORD_NAME}; name a folder that a run was saved to.")
@@ -70,8 +67,6 @@ def push_folder(
     finish = finish or finishing(folder, repo_id, repo_type=repo_type, **options)
 
     def attempt(api: HfApi) -> CommitInfo:
-        from huggingface_hub import CommitOperationAdd
-
         name = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type).repo_id
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True, repo_type=repo_type)
@@ -83,22 +78,16 @@ def push_folder(
         contents: dict[str, Path | bytes] = dict(files)
         if CARD_NAME in files:
             contents[CARD_NAME] = _card(api, folder, name, found.sha, repo_type).encode()
-        try:
-            return api.create_commit(
-                repo_id=name,
-                repo_type=repo_type,
-                operations=[CommitOperationAdd(path, content) for path, content in contents.items()],
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=found.sha,  # so that a commit whose answer was lost is not made twice
-                commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
-            )
-        except Exception as error:
-            if create_pr and answer_lost(error, "/commit/"):
-                raise PushError(
-                    "the connection broke, and the pull request may be open already; look before a repeat."
-                ) from None
-            raise
+        return _commit(
+            api,
+            contents,
+            repo_id=name,
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=found.sha,
+            commit_message=commit_message or "Upload a model pruned with optimum-calibprune",
+        )
 
     return persistently(attempt, f"{repo_id} was not pushed", token, f"{folder} is complete; finish with: {finish}")
 
@@ -169,14 +158,13 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
     """Draws the card of a saved run again, from its record: of a folder in place, of a repo in one commit of its README.
 
     Returns what was done, as a sentence. Raises `FileNotFoundError` where there is no record, `ValueError` where it cannot be
-    read, `PushError` where the Hub cannot be had.
+    read or arguments do not fit, `PushError` where the Hub cannot be had.
     """
     if Path(name).is_dir():
         return _redraw_folder(Path(name))
+    _check_target(revision, create_pr)
 
     def attempt(api: HfApi) -> str:
-        from huggingface_hub import CommitOperationAdd
-
         found = api.repo_info(name, revision=revision)
         record = Path(api.hf_hub_download(name, RECORD_NAME, revision=found.sha))
         pictures = [file.rfilename for file in found.siblings or ()]
@@ -184,9 +172,10 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
         card = updated(there, _drawn(_read(record), found.id, pictures))
         if card == there:
             return f"The card of {found.id} is up to date."
-        commit = api.create_commit(
+        commit = _commit(
+            api,
+            {CARD_NAME: card.encode()},
             repo_id=name,
-            operations=[CommitOperationAdd(CARD_NAME, card.encode())],
             revision=revision,
             create_pr=create_pr,
             parent_commit=found.sha,
@@ -194,7 +183,12 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
         )
         return f"Pushed: {commit.pr_url or commit.commit_url}"
 
-    return persistently(attempt, f"The card of {name} was not drawn again", token, "Nothing on the Hub was changed.")
+    words = ["optimum-cli", "calibprune", "card", name]
+    words += ["--revision", revision] if revision else []
+    words += ["--create-pr"] if create_pr else []
+    return persistently(
+        attempt, f"The card of {name} was not drawn again", token, f"Repeat it with: {shlex.join(words)}"
+    )
 
 
 def _redraw_folder(folder: Path) -> str:
@@ -231,6 +225,29 @@ def collect(repo_id: str, base: str, *, token: str | None = None, finish: str | 
 
     remedy = "The model itself is on the Hub" + (f"; finish with: {finish}" if finish else ".")
     return persistently(attempt, f"{repo_id} was not added to a collection", token, remedy)
+
+
+def _check_target(revision: str | None, create_pr: bool) -> None:
+    if create_pr and revision is not None:
+        raise ValueError(
+            f"A pull request goes to the main branch; revision {revision!r} was given beside create_pr. Leave one of them out."
+        )
+
+
+def _commit(api: HfApi, contents: Mapping[str, Path | bytes], *, create_pr: bool, **options: str | None) -> CommitInfo:
+    """One commit of these files. It names its parent, so that one whose answer was lost is not made twice; a pull request has
+    no such mark, and whether it is open is then for the user to see."""
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
+    try:
+        return api.create_commit(operations=operations, create_pr=create_pr, **options)
+    except Exception as error:
+        if create_pr and answer_lost(error, "/commit/"):
+            raise PushError(
+                "the connection broke, and the pull request may be open already; look before a repeat."
+            ) from None
+        raise
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -25,11 +25,10 @@ def hub() -> Iterator[HubServer]:
     with HubServer() as server:
         for name, source in SOURCES.items():
             row = json.dumps(READ[name][0]).encode()
-            files = {"split": source.split, "path": "data.jsonl"}
-            card = {
-                "license": ["mit"],
-                "configs": [{"config_name": source.subset or "default", "data_files": [files]}],
-            }
+            files = [{"split": source.split, "path": "data.jsonl"}]
+            subsets = (source.subset or "default").split("+")
+            configs = [{"config_name": subset, "data_files": files} for subset in subsets]
+            card = {"license": ["mit"], "configs": configs}
             readme = f"---\n{yaml.safe_dump(card)}---\n".encode()
             server.add_repo(str(source.repo), {"README.md": readme, "data.jsonl": row + b"\n"}, repo_type="dataset")
         yield server

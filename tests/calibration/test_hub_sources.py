@@ -53,6 +53,14 @@ def fill(hub: HubServer) -> None:
     hub.add_repo("me/empty", {"README.md": b"nothing"}, **DATASET)
     hub.add_repo("me/malformed", {"train.jsonl": b"".join(LINES) + b'{"text": bad}\n'}, **DATASET)
     hub.add_repo("me/column", {"train.jsonl": b'{"prose": "x"}\n'}, **DATASET)
+    subjects = (
+        b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
+    )
+    hub.add_repo(
+        "me/subjects",
+        {"README.md": subjects, "a.jsonl": b"".join(LINES[:3]), "b.jsonl": b"".join(LINES[150:152])},
+        **DATASET,
+    )
     hub.add_repo("me/big", {"train.jsonl": BIG}, **DATASET)
 
 
@@ -105,6 +113,25 @@ def read(given: str | dict[str, str], wanted: int = 4, token: str | None = None)
         "revision": pool.source.revision,
         "pool": pool.source.pool,
     }
+
+
+def in_order(**given: Any) -> list[str] | str:
+    """The texts of a source, as they stand there."""
+    from optimum_calibprune.calibration.sources import OpenSource, rows
+    from optimum_calibprune.records import CalibrationSource
+
+    try:
+        _, found = rows(OpenSource(CalibrationSource("a", "math", **given)), shuffle=False)
+        return [row["text"] for row in found]
+    except ValueError as error:
+        return str(error)
+
+
+def test_of_several_subsets_one_row_each_is_read_in_turn(client: Client) -> None:
+    texts = [ROWS[i]["text"] for i in (0, 150, 1, 151, 2)]
+    assert client(in_order, repo="me/subjects", subset="a+b") == texts
+    assert client(in_order, repo="me/subjects", subset="b") == texts[1::2]
+    assert "BuilderConfig 'c' not found" in client(in_order, repo="me/subjects", subset="a+c")
 
 
 @pytest.mark.parametrize("given", ["c4", {"repo": "me/lines"}, {"repo": "me/table"}])

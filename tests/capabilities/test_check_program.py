@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,27 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*invalid escape sequence")  # o
 DATA = Path(__file__).resolve().parents[2] / "../shared/data/evaluation"
 MEMORY = 512 * 2**20 + 2 * os.getpid() + 1  # tells the processes of these tests from all others
 HARMLESS = ("def double(x):\n    return 2 * x\n", "assert double(4) == 8")
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["namespaces", "spare user"])
-def probed(request: pytest.FixtureRequest) -> Isolation:
-    level = sandbox._probe(namespaces=request.param)
-    if not level.available:
-        pytest.skip(f"not possible here: {level.reason}")
-    return level
-
-
-@pytest.fixture
-def level(probed: Isolation, monkeypatch: pytest.MonkeyPatch) -> Isolation:
-    monkeypatch.setattr(sandbox, "isolation", lambda: probed)
-    return probed
-
-
-@pytest.fixture
-def bystander() -> Iterator[subprocess.Popen]:
-    with subprocess.Popen(["sleep", "60"]) as process:
-        yield process
-        process.kill()
 
 
 def processes() -> list[str]:
@@ -103,8 +81,6 @@ ATTACKS = {
 def test_an_attack_fails_leaves_nothing_and_the_next_item_is_judged(
     level: Isolation, name: str, tmp_path: Path, bystander: subprocess.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "network" and not level.network:
-        pytest.skip("isolation() says that the network is open")
     monkeypatch.setenv("HF_TOKEN", "hf_private")
     secret = tmp_path / "secret"
     secret.write_text("private")
@@ -172,6 +148,7 @@ FORGERIES = {
     "mock.ANY": "from unittest.mock import ANY, _ANY\nf = lambda x: ANY",
     "a class of mock": "from unittest.mock import _ANY as kind\nf = lambda x: kind()",
     "an exit": "import atexit, os\natexit.register(os._exit, 0)\nf = lambda x: os._exit(0)",
+    "no modules": "import sys\nsys.modules.clear()\nf = lambda x: 0",
     "a message": "import os\nfor i in range(32):\n    try:\n        os.write(i, b'passed')\n    except OSError:\n        pass\n"
                  "f = lambda x: 0",
     "mock.ANY by hand": "import os\nos.write(4, b'[\"returned\", null, []]\\n[\"returned\", {\"dict\": [[\"f\", "
@@ -204,8 +181,6 @@ def test_a_pass_cannot_be_forged(level: Isolation, name: str) -> None:
 
 
 def test_nothing_that_a_program_writes_can_be_executed(level: Isolation) -> None:
-    if not level.namespaces:
-        pytest.skip("its folder is on disk, where execution cannot be refused")
     program = "import os\ndef f():\n    open('run', 'w').write('#!/bin/true')\n    os.chmod('run', 0o700)\n    os.execv('run', ['run'])"
     assert "PermissionError" in check_program(program, "f()").reason
 

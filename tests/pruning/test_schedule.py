@@ -571,7 +571,7 @@ def test_a_caller_that_takes_one_block_only_leaves_the_others_as_they_were() -> 
 
 
 def test_a_solver_error_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optimum_calibprune.pruning.hessian.inverse_factor_", lambda H: torch.tensor(False))
+    monkeypatch.setattr("optimum_calibprune.pruning.hessian.inverse_factor_", lambda H, ranks: torch.tensor(False))
     model = tiny()
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj, .*v_proj: The Hessian could not"):
         prune(model)

@@ -97,6 +97,12 @@ def push(folder: Path, repo_id: str, **options: Any) -> Outcome:
     return call(push_folder, folder, repo_id, **options)
 
 
+def push_calibration(folder: Path, repo_id: str, **options: Any) -> Outcome:
+    from optimum_calibprune.publishing import push
+
+    return call(push.push_calibration, folder, repo_id, **options)
+
+
 def redraw(name: str, **options: Any) -> Outcome:
     from optimum_calibprune.publishing import push
 

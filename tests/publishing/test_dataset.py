@@ -140,17 +140,11 @@ def refused(repo_id: str) -> str:
     return "no error"
 
 
-def publish(folder: Path, repo_id: str) -> pushing.Outcome:
-    from optimum_calibprune.publishing.push import push_calibration
-
-    return pushing.call(push_calibration, folder, repo_id, private=True)
-
-
 def test_a_published_set_calibrates_again(hub: HubServer, run_folder: Path, tmp_path: Path) -> None:
     hub.add_repo("me/other", {"README.md": b"# no set\n"}, repo_type="dataset")
     with pushing.process(hub.environment(tmp_path / "home")) as client:
         hub.fail_next("POST", "/commit/", 403)
-        failed = client(publish, run_folder, "me/set")
+        failed = client(pushing.push_calibration, run_folder, "me/set", private=True)
         assert failed.error.startswith("PushError: me/set was not pushed: the token may not write there")
         words = shlex.split(failed.error.partition("finish with: ")[2])
         assert words[:3] == ["hf", "upload", "me/set"]
@@ -158,7 +152,7 @@ def test_a_published_set_calibrates_again(hub: HubServer, run_folder: Path, tmp_
         assert words[4:] == ["--repo-type", "dataset", "--private", "--commit-message", message]
         assert (Path(words[3]) / "data" / "math.jsonl").exists()
         for _ in range(2):  # once more changes nothing
-            assert client(publish, run_folder, "me/set").error == ""
+            assert client(pushing.push_calibration, run_folder, "me/set", private=True).error == ""
         assert len(hub.commits("me/set", repo_type="dataset")) == 2
         assert hub.repos["dataset", "me/set"].private
         sha = hub.commits("me/set", repo_type="dataset")[-1].sha

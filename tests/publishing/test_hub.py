@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from optimum_calibprune import CalibPruner, RunRecord
-from tests.hub_server import HubServer
+from optimum_calibprune import CalibPruner, RunRecord, pocket
+from tests.hub_server import STRANGER_TOKEN, HubServer
+from tests.publishing import pushing
 
 
 CLI = str(Path(sys.executable).parent / "optimum-cli")
@@ -94,12 +99,6 @@ def test_push_in_one_commit_then_pull_with_equal_logits(hub: HubServer, folder: 
     assert pulled.returncode == 0, pulled.stderr
 
 
-PUSH_FOLDER = """
-from optimum_calibprune.publishing.push import push_folder
-print(push_folder({folder!r}, "me/run", {options}).pr_url)
-"""
-
-
 BARE_NAME = """
 from optimum_calibprune import CalibPruner
 pruner = CalibPruner.from_pretrained("pocket", samples=8, length=64, capabilities="none")
@@ -115,15 +114,52 @@ def test_a_bare_name_belongs_to_the_owner_of_the_token(hub: HubServer, tmp_path:
     assert [c.title for c in hub.commits("me/tiny")][-1] == "second"
 
 
-def test_a_branch_and_a_pull_request_leave_main_alone(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    branch = python(PUSH_FOLDER.format(folder=str(folder), options="revision='half'"), hub, tmp_path)
-    assert branch.returncode == 0, branch.stderr
-    request = python(PUSH_FOLDER.format(folder=str(folder), options="create_pr=True"), hub, tmp_path)
-    assert request.returncode == 0, request.stderr
-    assert "/discussions/" in request.stdout
-    assert "model.safetensors" in hub.files("me/run", "half")
-    assert "model.safetensors" in hub.files("me/run", "refs/pr/1")
-    assert "model.safetensors" not in hub.files("me/run")
+def pulled(name: str, **options: Any) -> tuple[torch.Tensor, str] | str:
+    """The logits of a saved model and the record that it was made by, or the error."""
+    texts = {"x:math": ["one two three four five six " * 200]}
+    settings = {"samples": 4, "length": 64, "capabilities": "none", "sources": texts}
+    try:
+        pruner = CalibPruner.from_pretrained(name, **settings | options)
+    except OSError as error:
+        return str(error)
+    with torch.no_grad():
+        logits = pruner.model(input_ids=torch.arange(64)[None]).logits
+    return logits, pruner.made_by.to_json() if pruner.made_by is not None else ""
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["files", "chunks"])
+def test_there_and_back(xet: bool, hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    """Main branch, another branch and a pull request, with weights that go file by file, or chunk by chunk with Xet."""
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    record = (folder / "calibprune.json").read_bytes()
+    with pushing.process(hub.environment(tmp_path / "home", xet=xet)) as client:
+        first = client(pushing.push, folder, "me/run", private=True)
+        assert (first.error, client(pushing.push, folder, "me/run").value) == ("", first.value)
+        assert len(hub.commits("me/run")) == 2, "once more changes nothing"
+        assert hub.repos["model", "me/run"].private
+        assert client(pushing.push, changed, "me/run", revision="half").error == ""
+        assert client(pushing.push, changed, "me/run", create_pr=True).error == ""
+        for revision, pushed in (("main", folder), ("half", changed), ("refs/pr/1", changed)):
+            files = hub.files("me/run", revision)
+            assert files["model.safetensors"] == (pushed / "model.safetensors").read_bytes()
+            assert files["calibprune.json"] == record
+            logits, made_by = client(pulled, "me/run", revision=revision)
+            assert torch.equal(logits, client(pulled, str(pushed))[0])
+            assert RunRecord.from_json(made_by) == RunRecord.from_json(record.decode())
+        assert "cannot be loaded" in client(pulled, "me/run", token=STRANGER_TOKEN, cache_dir=tmp_path / "stranger")
+        asked = [f"{method} {target}" for method, target, _ in hub.requests]
+        by_files = [line for line in asked if re.match("GET /me/run/resolve/.*/model.safetensors|.*/info/lfs/", line)]
+        by_chunks = [
+            line for line in asked if re.match("GET /xet/(v2/reconstructions|blocks)/|POST /xet/.*/xorbs/", line)
+        ]
+        assert (bool(by_files), bool(by_chunks)) == (not xet, xet)
+        hub.add_repo("big/base", {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()})
+        assert torch.equal(client(pulled, "big/base")[0], client(pulled, str(pocket.MODEL))[0]), (
+            "no chunks of it there"
+        )
 
 
 def test_a_failed_push_keeps_the_result_and_names_the_command_that_finishes(hub: HubServer, tmp_path: Path) -> None:

@@ -155,6 +155,33 @@ def test_a_download_that_always_breaks_is_one_sentence_and_a_repeat_finishes(
     assert client(load, "big/base")["sum"] > 0
 
 
+def upload(folder: Path, repo_id: str) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo_id)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+def test_chunks_that_break_off_are_asked_for_again_or_it_is_one_sentence(hub: HubServer, tmp_path: Path) -> None:
+    environment = hub.environment(tmp_path / "home", xet=True) | {"HF_XET_CLIENT_RETRY_BASE_DELAY": "1ms"}
+    with pushing.process(environment) as client:
+        client(upload, pocket.MODEL, "me/chunks")
+        for part in ("/xet-read-token/", "/v2/reconstructions/", "/xet/blocks/"):
+            for how in ("cut", "lost"):
+                hub.break_next("GET", part, how)
+            found = client(load, "me/chunks", cache_dir=tmp_path / part[1:5])
+            assert found["base"]["name"] == "me/chunks", part
+        for part in ("/v2/reconstructions/", "/xet/blocks/"):
+            hub.fail_next("GET", part, 500, times=1000)
+            assert client(load, "me/chunks", cache_dir=tmp_path / "none") == (
+                "OSError: The download of me/chunks broke off 3 times. Do the same again, which fetches only what is missing. "
+                "If it is the chunk store that fails, HF_HUB_DISABLE_XET=1 goes around it."
+            )
+            with pushing.process(environment | {"HF_HUB_DISABLE_XET": "1"}) as around:
+                assert around(load, "me/chunks", cache_dir=tmp_path / part[1:3]) == found
+            hub.forget_faults()
+
+
 def test_pickles_are_refused_unless_they_are_asked_for(
     hub: HubServer, client: Client, home: Path, tmp_path: Path
 ) -> None:

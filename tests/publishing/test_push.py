@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -102,6 +101,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_sent(
     before = len(hub.requests)
     both = client(pushing.push, folder, repo_id, create_pr=True, revision="v1")
     assert both.error.startswith("ValueError: A pull request goes to the main branch; revision 'v1' was given")
+    assert client(pushing.redraw, repo_id, create_pr=True, revision="v1").error == both.error
     assert "holds no calibprune.json" in client(pushing.push, tmp_path / "empty", repo_id).error
     assert "There is no folder" in client(pushing.push, tmp_path / "none", repo_id).error
     assert len(hub.requests) == before
@@ -307,6 +307,13 @@ def test_a_pull_request_that_may_be_open_is_not_opened_again(
     done = client(pushing.push, folder, begun, create_pr=True)
     assert "the pull request may be open already; look before a repeat." in done.error
     assert TOKEN not in done.error + done.output
+    hub.add_repo(begun, {"calibprune.json": (folder / "calibprune.json").read_bytes()})
+    drawn = client(pushing.redraw, begun, create_pr=True)
+    assert drawn.error == (
+        f"PushError: The card of {begun} was not drawn again: the connection broke, and the pull request may be open already; "
+        f"look before a repeat. Repeat it with: optimum-cli calibprune card {begun} --create-pr"
+    )
+    assert not drawn.pauses
     hub.forget_faults()
     hub.fail_next("POST", "/preupload/", 500, times=6)  # before it was asked for
     assert client(pushing.push, folder, begun, create_pr=True).error == ""
@@ -398,32 +405,3 @@ def test_offline_and_unreachable_hubs_are_named(hub: HubServer, folder: Path, tm
         offline = client(pushing.push, folder, "me/x")
     assert "me/x was not pushed: HF_HUB_OFFLINE is set; unset it." in offline.error
     assert offline.pauses == []
-
-
-XET = {"token": ("GET", "/xet-write-token/"), "chunks": ("POST", "/v1/xorbs/"), "files": ("POST", "/shards")}
-
-
-def test_with_xet_switched_on(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    """Large files go to the chunk store; its client, which is no Python, makes its own pauses."""
-    weights = folder / "model.safetensors"
-    weights.write_bytes(random.Random(0).randbytes(300_000))  # several chunks
-    with pushing.process(hub.environment(tmp_path / "home", xet=True)) as client:
-        for endpoint, (method, part) in XET.items():
-            repo_id = f"me/xet-{endpoint}"
-            hub.add_repo(repo_id, {"README.md": b"# Mine\n"})
-            hub.fail_next(method, part, 500)
-            assert push_and_check(hub, client, folder, repo_id).error == ""
-            check_complete(hub, folder, repo_id, "new")
-            assert push_and_check(hub, client, folder, repo_id).error == ""
-            assert len(hub.commits(repo_id, "new")) == 2
-        hub.add_repo("me/xet-refused", {"README.md": b"# Mine\n"})
-        hub.fail_next(*XET["token"], 403, times=ALWAYS)
-        refused = push_and_check(hub, client, folder, "me/xet-refused")
-        assert (
-            "the connection broke (Network error: Request error: HTTP status client error (403 Forbidden)"
-            in refused.error
-        )
-        hub.forget_faults()
-        assert push_and_check(hub, client, folder, "me/xet-refused").error == ""
-        check_complete(hub, folder, "me/xet-refused", "new")
-    assert not [target for _, target, _ in hub.requests if "me/xet-" in target and "/info/lfs" in target]
