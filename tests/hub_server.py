@@ -345,6 +345,7 @@ FIELDS = {
     "path": ".+",
     "oid": "[0-9a-f]{64}",
     "slug": "[^/]+/[^/]+",
+    "key": "[0-9a-f]+",
     "name": "[^/]+",
     "right": "read|write",
 }
