@@ -46,40 +46,43 @@ def weights() -> int:
     return sum(columns * rows for columns, rows in INPUTS)
 
 
-def flops() -> dict[str, tuple[float, str, bool]]:
-    """Of one block: FLOPs, what they are computed in, whether several GPUs divide them."""
+def flops() -> dict[str, tuple[float, str]]:
+    """Of one block: FLOPs, all of which several GPUs divide, and what they are computed in."""
     attention = 2 * TOKENS * LENGTH * HIDDEN  # scores and values, the causal half
     cubes = sum(columns**3 for columns, _ in INPUTS)
     squares = sum(columns**2 for columns, _ in INPUTS)
     rows = sum(columns**2 * rows for columns, rows in INPUTS)
     return {
-        "forward": (2.0 * TOKENS * weights() + attention, "bf16", True),
-        "Hessians (one triangle)": (float(TOKENS * squares), "bf16", True),
-        "factors": (2 / 3 * cubes, "fp32", False),
-        "updates": (float(rows), "fp32", True),
-        "relative errors": (2.0 * rows, "fp32", True),
+        "forward": (2.0 * TOKENS * weights() + attention, "bf16"),
+        "Hessians (one triangle)": (float(TOKENS * squares), "bf16"),
+        "factors": (2 / 3 * cubes, "fp32"),
+        "updates": (float(rows), "fp32"),
+        "relative errors": (2.0 * rows, "fp32"),
     }
 
 
 def traffic() -> dict[str, tuple[float, str]]:
     """Bytes of one block, and what moves them."""
     hidden = 2 * TOKENS * HIDDEN
+    squares = sum(columns**2 for columns, _ in INPUTS)
     return {
         "read the block": (2.0 * weights(), "read"),
         "write its shard": (2.0 * weights(), "write"),
         "write the hidden states": (float(hidden), "write"),
-        "add up Hessians": (4.0 * sum(columns**2 for columns, _ in INPUTS), "link"),
+        "add up Hessians (one triangle)": (2.0 * squares, "sum"),
+        "send factors": (4.0 * squares, "send"),
     }
 
 
 def seconds(machine: Machine, stage: str) -> float:
     """Of one block, at the rate of the hardware: the floor."""
     if stage in flops():
-        amount, kind, divided = flops()[stage]
-        return amount / getattr(machine, kind) / (machine.gpus if divided else 1)
+        amount, kind = flops()[stage]
+        return amount / getattr(machine, kind) / machine.gpus
     amount, kind = traffic()[stage]
-    if kind == "link":
-        return 2 * amount * (machine.gpus - 1) / machine.gpus / machine.link if machine.gpus > 1 else 0.0
+    if kind in ("sum", "send"):
+        times = 2 * (machine.gpus - 1) / machine.gpus if kind == "sum" else 1.0
+        return times * amount / machine.link if machine.gpus > 1 else 0.0
     return amount / getattr(machine, kind)
 
 
@@ -96,7 +99,7 @@ def memory() -> dict[str, float]:
 
 
 def tables() -> str:
-    amounts = {stage: f"{amount / 1e12:,.1f} TFLOP" for stage, (amount, _, _) in flops().items()}
+    amounts = {stage: f"{amount / 1e12:,.1f} TFLOP" for stage, (amount, _) in flops().items()}
     amounts |= {stage: f"{amount / GIB:,.2f} GiB" for stage, (amount, _) in traffic().items()}
     lines = [
         f"| of one block of {BLOCKS} | amount | {' | '.join(m.name for m in MACHINES)} |",
@@ -104,9 +107,11 @@ def tables() -> str:
     ]
     for stage, amount in amounts.items():
         lines.append(f"| {stage} | {amount} | {' | '.join(f'{seconds(m, stage):.2f} s' for m in MACHINES)} |")
-    for title, stages in (("compute, all blocks", flops()), ("disk, all blocks", traffic())):
+    disk = [stage for stage, (_, kind) in traffic().items() if kind in ("read", "write")]
+    links = [stage for stage in traffic() if stage not in disk]
+    for title, stages in (("compute", flops()), ("links", links), ("disk", disk)):
         totals = (BLOCKS * sum(seconds(machine, stage) for stage in stages) for machine in MACHINES)
-        lines.append(f"| **{title}** | | {' | '.join(f'**{total / 60:.1f} min**' for total in totals)} |")
+        lines.append(f"| **{title}, all blocks** | | {' | '.join(f'**{total / 60:.1f} min**' for total in totals)} |")
     lines += ["", "| on a GPU | GiB |", "|---|---|"]
     lines += [f"| {name} | {size / GIB:.1f} |" for name, size in memory().items()]
     lines.append(f"| **all** | **{sum(memory().values()) / GIB:.1f}** |")

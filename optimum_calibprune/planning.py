@@ -14,6 +14,7 @@ from torch import nn
 
 from .pruning import blocks, schedule
 from .pruning.balance import ROUNDS
+from .pruning.hessian import DIVIDED
 from .pruning.homes import Absent, Home
 from .pruning.kernels import kernels_for
 from .pruning.memory import free_memory
@@ -151,8 +152,8 @@ def _bytes(module: nn.Module) -> int:
 def _seconds(
     machine: Machine, groups: list[list[Stop]], config: CalibPruneConfig, replays: float, processes: int
 ) -> float:
-    """Of the pruning stage: products and the sweep at the rates of the machine. Of several processes each has its part of the
-    tokens and of the rows, but factors every Hessian."""
+    """Of the pruning stage: products and the sweep at the rates of the machine. Of several processes each has its part of
+    the tokens, of the rows, and of each factor that is large enough to be divided."""
     assert config.samples and config.length
     tokens = config.samples * config.length / processes
     forwards = 1 + replays + (config.allocation == "owl")
@@ -161,10 +162,10 @@ def _seconds(
     for given in _inputs(groups):
         columns, outputs, arriving = given.columns, given.rows, tokens * given.share
         own = outputs / processes
+        factor = 2 / 3 * columns**3 / (processes if columns > DIVIDED else 1)
         seconds += forwards * 2 * arriving * columns * outputs / machine.products
         seconds += arriving * columns**2 / machine.exact_products  # one triangle of the Hessian
-        # factor, updates, errors
-        seconds += solutions * (2 / 3 * columns**3 + 3 * own * columns**2) / machine.exact_products
+        seconds += solutions * (factor + 3 * own * columns**2) / machine.exact_products  # factor, updates, errors
         seconds += solutions * (own * columns / machine.sweep + columns * COLUMN_SECONDS)
     return seconds
 

@@ -20,7 +20,7 @@ from optimum_calibprune import CalibPruner, RunRecord
 STAGES = ("load", "read", "measure", "measure dense", "prune", "measure sparse", "save")
 EXPECTED = (ValueError, OSError, ImportError, MemoryError)  # what the package raises for a visitor to read
 PATHS = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]*")
-STOPPED = "The run was stopped, and nothing of it is left."
+STOPPED = "The run was stopped; of what it had not finished, nothing is left."
 TOO_LONG = "This took longer than the {:,} s that this page allows; ask for less."
 
 
@@ -67,6 +67,7 @@ class Run:
         """Whether it is still going after that time. One that does not look at the clock is given up."""
         self._thread.join(seconds)
         if self._thread.is_alive() and time.monotonic() > self._deadline + GRACE:
+            self._stop.set()  # for when it looks again
             self._end(TOO_LONG.format(self.seconds))
         return not self.finished
 
@@ -102,8 +103,8 @@ class Run:
             self._end(failed)
 
     def _end(self, error: str) -> None:
-        if error:
-            self.error = self.error or error
+        self.error = self.error or error
+        if self.error:
             self.remove()
         self.finished = True
 

@@ -38,7 +38,7 @@ def compare_view(visitors: Visitors) -> None:
         with gr.Column(visible=False) as more:
             with gr.Accordion("All scores", open=False):
                 table = gr.HTML(padding=False)
-            clear = gr.Button("Clear", size="sm")
+            clear = gr.Button("Forget these runs", size="sm")
     desk = Desk((go, clear), stop, said)
     shown = [summary, bars, table, more]
 

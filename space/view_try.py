@@ -39,7 +39,10 @@ def try_view(visitors: Visitors) -> None:
             stop = gr.Button("Stop", variant="stop", visible=False)
         said = gr.HTML(padding=False)
         with gr.Row():
-            answers = {state: gr.HTML(padding=False, min_width=300) for state in STATES}
+            answers = {}
+            for state in STATES:
+                with gr.Column(min_width=300):  # under each other on a phone
+                    answers[state] = gr.HTML(padding=False)
     desk = Desk((go,), stop, said)
 
     def side_by_side(run: AnswerRun) -> Update:

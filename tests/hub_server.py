@@ -154,8 +154,9 @@ class HubError(Exception):
 
     def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
+        told = {"X-Error-Message": message} if message.isascii() and message.isprintable() else {}
         coded = {"X-Error-Code": code} if code else {}
-        self.reply = Reply.of({"error": message}, status, {"X-Error-Message": message} | coded | (headers or {}))
+        self.reply = Reply.of({"error": message}, status, told | coded | (headers or {}))
 
 
 class HubServer:
@@ -185,7 +186,7 @@ class HubServer:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(CLIENT_VARIABLES)}
         features = ("TELEMETRY", "PROGRESS_BARS") if xet else ("XET", "TELEMETRY", "PROGRESS_BARS")
         disabled = {f"HF_HUB_DISABLE_{feature}": "1" for feature in features}
-        direct = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        direct = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
         return inherited | disabled | direct | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
 
     def add_repo(
@@ -210,10 +211,16 @@ class HubServer:
         return self.repos[repo_type, repo_id].history(revision)
 
     def fail_next(
-        self, method: str, path_substring: str, status: int, headers: dict[str, str] | None = None, times: int = 1
+        self,
+        method: str,
+        path_substring: str,
+        status: int,
+        headers: dict[str, str] | None = None,
+        times: int = 1,
+        message: str = "Injected failure",
     ) -> None:
         """Answers `status` to the next `times` requests of this method whose path, as sent, has this substring."""
-        error = HubError(status, "Injected failure", headers=headers)
+        error = HubError(status, message, headers=headers)
         self._faults += [Fault(method, path_substring, error)] * times
 
     def break_next(self, method: str, path_substring: str, how: str, times: int = 1) -> None:

@@ -171,6 +171,7 @@ def _owl(run: RunRecord) -> str:
 
 
 def _metadata(run: RunRecord) -> ModelCardData:
+    from_hub = [s for s in run.sources if is_repo_id(s.repo) and s.name in run.mix.shares]
     return ModelCardData(
         base_model=run.base.name if run.base.revision is not None and is_repo_id(run.base.name) else None,
         library_name="transformers",
@@ -178,11 +179,17 @@ def _metadata(run: RunRecord) -> ModelCardData:
         license=one_line(run.base.licence) if run.base.licence else None,
         language=[one_line(language) for language in run.base.language] or None,
         tags=["calibprune", "pruned", "sparse", run.prune.method],
-        datasets=sorted({s.repo for s in run.sources if s.repo and is_repo_id(s.repo) and s.name in run.mix.shares})
-        or None,
+        datasets=sorted({str(source.repo) for source in from_hub}) or None,
+        calibprune={"calibration": [_at_revision(source) for source in from_hub]} if from_hub else None,
         model_name=one_line(title(run)),
         eval_results=_eval_results(run) or None,
     )
+
+
+def _at_revision(source: CalibrationSource) -> dict[str, str]:
+    """Which text of a data set it is, in the words that the Hub has for those of evaluation."""
+    stated = {"dataset": source.repo, "config": source.subset, "split": source.split, "revision": source.revision}
+    return {key: one_line(value) for key, value in stated.items() if value}
 
 
 def _eval_results(run: RunRecord) -> list[EvalResult]:

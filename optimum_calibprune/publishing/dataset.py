@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..records import CAPABILITIES, CalibrationSource, RunRecord, unknown
 from ..values import ANY, HUB
-from .hub import CALIBRATION_NAME, RECORD_NAME
+from .hub import CALIBRATION_NAME, UNREADABLE, record_of
 from .markup import code, fenced, is_repo_id, link, one_line, prose
 from .readme import BEGIN, END
 
@@ -59,18 +59,24 @@ def save_dataset(run_folder: str | Path, target: str | Path, repo_id: str) -> Pa
     Each row has the text of a sample, where it is from, its licence and its metrics. Documents in a sample are set apart by a
     blank line. `repo_id` is where the data set will live. Raises `ValueError` where a licence does not allow it.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
     from transformers import AutoTokenizer
 
     run_folder, target = Path(run_folder), Path(target)
-    run = RunRecord.from_json((run_folder / RECORD_NAME).read_text(encoding="utf-8"))
+    run = record_of(run_folder)
     check_licences(run)
     for row in run.rows:  # a record may come from elsewhere, and its groups become names of files
         if row.group not in (*CAPABILITIES, ANY):
             raise unknown("capability of a row", row.group, (*CAPABILITIES, ANY))
-    tokenizer = AutoTokenizer.from_pretrained(run_folder)
-    ids = load_file(run_folder / CALIBRATION_NAME)["input_ids"]
-    rows = [_row(run, i, ids[i].tolist(), tokenizer) for i in range(len(run.rows))]
+    tokenizer = AutoTokenizer.from_pretrained(run_folder, trust_remote_code=False)
+    try:
+        ids = load_file(run_folder / CALIBRATION_NAME)["input_ids"]
+        rows = [_row(run, i, ids[i].tolist(), tokenizer) for i in range(len(run.rows))]
+    except (*UNREADABLE, SafetensorError) as error:
+        raise ValueError(
+            f"{CALIBRATION_NAME} and the record of {run_folder} do not fit each other: {type(error).__name__}: {error}"
+        ) from error
     (target / "data").mkdir(parents=True)
     for group in sorted({row["capability"] for row in rows}):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["capability"] == group]
@@ -81,7 +87,7 @@ def save_dataset(run_folder: str | Path, target: str | Path, repo_id: str) -> Pa
 
 def _row(run: RunRecord, index: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     row, profile = run.rows[index], run.samples[index]
-    source = next(source for source in run.sources if source.name == row.origin)
+    (source,) = (source for source in run.sources if source.name == row.origin)
     return {
         "text": _text(ids, tokenizer),
         "source": source.name,

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
+from .markup import one_line
+
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -56,7 +58,7 @@ def persistently(attempt: Callable[[HfApi], Result], failed: str, token: str | N
         except (OSError, ValueError, RuntimeError, KeyError, _http_error()) as error:
             asked = _retry_after(error)
             if pause is None or not _may_pass(error) or (asked or 0.0) > MOST_PATIENT:
-                text = f"{failed}: {reason(error)} {remedy}"
+                text = f"{failed}: {one_line(reason(error))} {remedy}"
                 safe = without_secrets(" ".join(text.split()), token)
                 raise PushError(safe) from None  # the cause may quote the request, and with it the token
             time.sleep(max(pause, asked or 0.0))
@@ -78,7 +80,7 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, KeyError):
             said = f"the answer of the Hub has no {said}"
         return (f"the connection broke ({said})" if _is_transport(cause) else said).rstrip(".") + "."
-    said = getattr(cause, "server_message", None)
+    said = (getattr(cause, "server_message", None) or "")[:400]
     text = WHY.get(status, f"the Hub answers {status}" + (" each time; try again later" if status >= 500 else ""))
     return f"{text} ({said})." if said else f"{text} ({status})."
 

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 RECORD_NAME = "calibprune.json"
 CALIBRATION_NAME = "calibration.safetensors"
 SCORES_FOLDER = "scores"
+# What odd JSON makes of the code that reads it.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration, RecursionError)
 NO_SCORES = "{run} has no {path}: name the folder, or the repo, of a run whose capabilities were measured."
 FIGURES_FOLDER = "figures"
 
@@ -115,6 +117,21 @@ def save_calibration(folder: Path, calibration: CalibrationSet, mix: Mix) -> Non
 def pictures_in(folder: Path) -> list[str]:
     """The pictures of a saved run, as its card names them."""
     return sorted(path.relative_to(folder).as_posix() for path in (folder / FIGURES_FOLDER).glob("*"))
+
+
+def record_of(folder: str | Path) -> RunRecord:
+    """The record of a saved run; `FileNotFoundError` for a folder without one, `ValueError` for one that cannot be read."""
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {RECORD_NAME}; name a folder that a run was saved to.")
+    return read_record(path)
+
+
+def read_record(record: Path) -> RunRecord:
+    try:
+        return RunRecord.from_json(record.read_text(encoding="utf-8"))
+    except UNREADABLE as error:
+        raise ValueError(f"{record.name} is no record of a run: {type(error).__name__}: {error}") from error
 
 
 def load_scores(run: str | Path, *, token: str | None = None) -> dict[str, Scores]:

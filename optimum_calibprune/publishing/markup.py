@@ -13,7 +13,7 @@ import unicodedata
 
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-LINKED = re.compile(r"://|www\.|(?<!\w)@")  # what a renderer turns into a link or a mention by itself
+LINKED = re.compile(r"://|www\.|(?<!\w)@|@[\w-]+\.\w")  # what a renderer turns into a link or a mention by itself
 MEANT = re.compile(r"[\\`*\[\]|~#<>&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 HUB = "https://huggingface.co/"
 
@@ -39,7 +39,7 @@ def prose(value: object) -> str:
     text = one_line(value)
     if LINKED.search(text):
         return code(text)
-    entities = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+    entities = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\\": "&#92;"}  # the last since two of it may begin a formula
     return MEANT.sub(lambda found: entities.get(found[0], "\\" + found[0]), text)
 
 

@@ -14,7 +14,7 @@ from ..records import RunRecord
 from .card import render
 from .dataset import save_dataset
 from .failures import PushError, answer_lost, persistently
-from .hub import RECORD_NAME, pictures_in
+from .hub import RECORD_NAME, UNREADABLE, pictures_in, read_record, record_of
 from .readme import has_own_text, updated
 
 
@@ -169,7 +169,7 @@ def redraw(name: str, *, token: str | None = None, revision: str | None = None, 
         record = Path(api.hf_hub_download(name, RECORD_NAME, revision=found.sha))
         pictures = [file.rfilename for file in found.siblings or ()]
         there = _on_hub(api, name, found.sha, "model")
-        card = updated(there, _drawn(_read(record), found.id, pictures))
+        card = updated(there, _drawn(read_record(record), found.id, pictures))
         if card == there:
             return f"The card of {found.id} is up to date."
         commit = _commit(
@@ -198,14 +198,6 @@ def _redraw_folder(folder: Path) -> str:
     new.write_text(updated(existing, card), encoding="utf-8")
     new.replace(readme)
     return f"Drew {readme}."
-
-
-def record_of(folder: str | Path) -> RunRecord:
-    """The record of a saved run; `FileNotFoundError` for a folder without one, `ValueError` for one that cannot be read."""
-    path = Path(folder) / RECORD_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {RECORD_NAME}; name a folder that a run was saved to.")
-    return _read(path)
 
 
 def collect(repo_id: str, base: str, *, token: str | None = None, finish: str | None = None) -> str:
@@ -274,16 +266,6 @@ def _on_hub(api: HfApi, repo_id: str, revision: str | None, repo_type: str) -> s
     except RemoteEntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8")
-
-
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)  # as odd JSON has it
-
-
-def _read(record: Path) -> RunRecord:
-    try:
-        return RunRecord.from_json(record.read_text(encoding="utf-8"))
-    except UNREADABLE as error:
-        raise ValueError(f"{record.name} is no record of a run: {type(error).__name__}: {error}") from error
 
 
 def _drawn(run: RunRecord, repo_id: str | None, pictures: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 BEGIN = "<!-- optimum-calibprune draws what follows, and draws it again; write above or below it -->"
 END = "<!-- optimum-calibprune ends here -->"
-FRONT = re.compile(r"\A\s*---\r?\n.*?(?:\r?\n)?---\r?\n?", re.DOTALL)
+FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+OURS = ("tags", "calibprune")  # metadata that no one else writes, or that is merged
 
 
 def updated(existing: str | None, card: str) -> str:
@@ -53,7 +54,7 @@ def _metadata(text: str) -> dict[str, Any]:
 
     found = FRONT.match(text)
     try:
-        data = yaml.safe_load(found[0].strip().strip("-")) if found else {}
+        data = yaml.safe_load(found[1]) if found else {}
     except yaml.YAMLError as error:
         raise ValueError(f"The metadata of the README that is there is no YAML; mend it first: {error}") from error
     return data if isinstance(data, dict) else {}
@@ -61,5 +62,7 @@ def _metadata(text: str) -> dict[str, Any]:
 
 def _merged(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Ours first, so that a card that is drawn again without a change has the same bytes."""
-    tags = [tag for tag in kept.get("tags") or [] if tag not in new.get("tags", [])]
-    return {**new, **{key: kept[key] for key in kept if key not in new}, "tags": [*new.get("tags", []), *tags]}
+    tags = kept.get("tags") or []
+    tags = [tag for tag in (tags if isinstance(tags, list) else [tags]) if tag not in new.get("tags", [])]
+    theirs = {key: kept[key] for key in kept if key not in new and key not in OURS}
+    return {**new, **theirs, "tags": [*new.get("tags", []), *tags]}

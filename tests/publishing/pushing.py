@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 from optimum_calibprune.publishing.card import PICTURES, render
+from tests.hub_server import HubServer
 from tests.publishing.run_record import example
 
 
@@ -89,6 +90,15 @@ def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Outco
             error = f"{type(caught).__name__}: {caught}"
             logging.exception("failed")
     return Outcome(value, error, pauses, output.getvalue())
+
+
+def inject(hub: HubServer, request: tuple[str, str], fault: str, times: int = 1) -> None:
+    """A fault by its name: a status, with a time to wait where the Hub gives one, or how an answer breaks."""
+    if fault.isdigit():
+        wait = {"Retry-After": "60"} if fault in ("429", "503") else None
+        hub.fail_next(*request, int(fault), headers=wait, times=times)
+    else:
+        hub.break_next(*request, fault, times=times)
 
 
 def push(folder: Path, repo_id: str, **options: Any) -> Outcome:

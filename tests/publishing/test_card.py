@@ -19,7 +19,7 @@ from markdown_it.token import Token
 
 from optimum_calibprune import pocket
 from optimum_calibprune.publishing.card import PICTURES, render, retention_table, starved_experts
-from optimum_calibprune.publishing.markup import code, is_repo_id, link, one_line
+from optimum_calibprune.publishing.markup import code, is_repo_id, link, one_line, prose
 from optimum_calibprune.publishing.readme import has_own_text, updated
 from optimum_calibprune.records import (
     CalibrationSource,
@@ -86,6 +86,8 @@ def test_the_metadata_is_valid_and_claims_nothing_of_the_base(run: RunRecord) ->
     assert data.base_model == "someone/tiny"
     assert data.license == "mit"
     assert data.datasets == ["allenai/c4"]
+    (c4,) = data.calibprune["calibration"]
+    assert c4 == {"dataset": "allenai/c4", "config": "en", "split": "train", "revision": "fedcba9876543210"}
     assert {"calibprune", "sparse"} <= set(data.tags)
     assert {r.metric_name: (r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results} == {
         "easy_facts (300 items, 5 shots)": ("some/facts", "accuracy", 0.7),
@@ -294,6 +296,29 @@ def test_a_readme_keeps_the_users_text_and_metadata(run: RunRecord) -> None:
     assert both.split("\n---\n", 1)[1].startswith("\n# Mine\n\n<!-- optimum-calibprune draws")
     with pytest.raises(ValueError, match="is no YAML; mend it first"):
         updated("---\na: [\n---\n", card)
+
+
+def test_a_readme_keeps_metadata_however_it_is_written(run: RunRecord) -> None:
+    card = render(run)
+    mine = "---\r\nabout: one --- two ---\r\ntags: mine\r\n--- \r\n# Mine\n\n---\nmore: text\n---\n"
+    both = updated(mine, card)
+    data = ModelCard(both).data.to_dict()
+    assert (data["about"], data["tags"][-1]) == ("one --- two ---", "mine")
+    assert both.split("\n---\n", 1)[1].startswith("\n# Mine\n\n---\nmore: text\n---\n\n<!-- optimum-calibprune draws")
+    assert updated("---\n---\n# Mine\n", card).split("\n---\n", 1)[1].startswith("\n# Mine\n")
+    assert ModelCard(updated("---\ntags: 5\n---\n", card)).data.tags[-1] == 5
+    local = render(replace(run, sources=tuple(replace(source, repo=None) for source in run.sources)))
+    assert "calibprune:" not in updated(both, local), "the data sets of another run"
+
+
+@pytest.mark.parametrize("text", ["me@evil.example", "@someone", "www.evil.example", "xx://evil.example"])
+def test_what_renderers_link_by_themselves_is_code(text: str) -> None:
+    assert prose(f"see {text}") == f"`see {text}`"
+
+
+def test_what_is_no_link_stays_text_and_backslashes_begin_no_formula() -> None:
+    assert prose("pass@1") == "pass@1"
+    assert prose("\\(x\\)") == "&#92;(x&#92;)"
 
 
 def of_experts(run: RunRecord, count: int, starved: int) -> RunRecord:

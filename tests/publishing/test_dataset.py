@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 from huggingface_hub import DatasetCard
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from optimum_calibprune import CalibPruner, RunRecord
@@ -110,6 +113,61 @@ def test_nothing_that_others_choose_becomes_markup_here_either() -> None:
     assert "\u202e" not in text
 
 
+HOSTILE_TEXT = (
+    "---\nlicense: owned\nconfigs:\n- data_files: /etc/passwd\n---\n# Owned\n<script>alert(1)</script> {{ run }} {% raw %}\n"
+    f"\u2028\u2029\x85\x00\x1b[31m\u202e {EVIL} {'x' * 20_000}\n"
+)
+
+
+def test_text_stays_text_whatever_it_holds(run_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = load_file(folder / "calibration.safetensors")["input_ids"]
+    text = tokenizer(HOSTILE_TEXT, add_special_tokens=False)["input_ids"]
+    save_file({"input_ids": np.array([text] * len(ids))}, folder / "calibration.safetensors")
+    save_dataset(folder, tmp_path / "set", "me/set")
+    expected = tokenizer.decode(text, clean_up_tokenization_spaces=False)
+    assert "<script>" in expected
+    files = sorted(map(str, (tmp_path / "set" / "data").glob("*.jsonl")))
+    found = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert found["text"] == [expected] * len(ids)
+    save_dataset(run_folder, tmp_path / "plain", "me/set")
+    card = (tmp_path / "set" / "README.md").read_bytes()
+    assert card == (tmp_path / "plain" / "README.md").read_bytes(), "a card holds nothing of the text"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", "[]"),
+        ("", "[" * 100_000),
+        ('"origin": "prose"', '"origin": "other"'),
+        ('"name": "sums"', '"name": "prose"'),
+        ('"text": "{text}"', '"text": 5'),
+    ],
+)
+def test_a_record_that_does_not_fit_is_one_error(old: str, new: str, run_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    record = folder / "calibprune.json"
+    good = record.read_text()
+    assert old in good
+    record.write_text(good.replace(old, new) if old else new)
+    with pytest.raises(ValueError, match=r"calibprune.json is no record|do not fit each other|cannot be published"):
+        save_dataset(folder, tmp_path / "set", "me/set")
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("ids", [np.zeros((1, 64), dtype=np.int64), np.full((6, 64), -1), np.full((6, 64), 2**40)])
+def test_ids_that_do_not_fit_are_one_error(ids: np.ndarray, run_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    save_file({"input_ids": ids}, folder / "calibration.safetensors")
+    with pytest.raises(ValueError, match="do not fit each other"):
+        save_dataset(folder, tmp_path / "set", "me/set")
+    (folder / "calibration.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="do not fit each other"):
+        save_dataset(folder, tmp_path / "set", "me/set")
+
+
 def test_a_record_from_elsewhere_names_no_file(run_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(run_folder, tmp_path / "run")
     record = tmp_path / "run" / "calibprune.json"
@@ -163,3 +221,13 @@ def test_a_published_set_calibrates_again(hub: HubServer, run_folder: Path, tmp_
         assert client(again, f"me/set@{sha}", TOKEN, tmp_path)[0] == command
         assert "me/other is no published calibration set" in client(refused, "me/other")
         assert "me/none is not on the Hub" in client(refused, "me/none")
+        secret = tmp_path / "secret.jsonl"
+        secret.write_text('{"text": "what is on this machine"}\n' * 50)
+        for place in (secret, f"file://{secret}", f"../../../../../../{secret}"):
+            configs = [f"- config_name: {name}\n  data_files: {place}\n" for name in ("general", "math", "../../etc")]
+            card = f"---\nconfigs:\n{''.join(configs)}---\n"
+            hub.add_repo("me/path", {"README.md": card.encode()}, repo_type="dataset")
+            assert "ValueError: 'path-general': me/path cannot be read" in client(refused, "me/path")
+        assert client(pushing.push_calibration, run_folder, "../../escaped").error.startswith(
+            "PushError: ../../escaped was"
+        )

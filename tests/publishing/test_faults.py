@@ -19,7 +19,7 @@ from optimum_calibprune import RunRecord, pocket
 from optimum_calibprune.publishing.failures import WAITS
 from tests.hub_server import TOKEN, HubServer
 from tests.publishing import pushing
-from tests.publishing.pushing import Client, Outcome, contents, saved_run
+from tests.publishing.pushing import Client, Outcome, contents, inject, saved_run
 
 
 NUMBERS = count(1)
@@ -199,15 +199,6 @@ def run_and_check(
     else:
         assert told_so or job.done(hub, folder, repo_id)
     return outcome
-
-
-def inject(hub: HubServer, request: tuple[str, str], fault: str, times: int = 1) -> None:
-    if fault.isdigit():
-        hub.fail_next(
-            *request, int(fault), headers={"Retry-After": "60"} if fault in ("429", "503") else None, times=times
-        )
-    else:
-        hub.break_next(*request, fault, times=times)
 
 
 def was_asked(hub: HubServer, before: int, request: tuple[str, str]) -> bool:

@@ -16,7 +16,7 @@ from optimum_calibprune.publishing.failures import WAITS, without_secrets
 from optimum_calibprune.publishing.readme import BEGIN, END
 from tests.hub_server import STRANGER_TOKEN, TOKEN, HubServer
 from tests.publishing import pushing
-from tests.publishing.pushing import Client, contents, saved_run
+from tests.publishing.pushing import Client, contents, inject, saved_run
 
 
 NUMBERS = count(1)
@@ -245,10 +245,7 @@ def check_repeat_finishes(hub: HubServer, client: Client, folder: Path, repo_id:
 def test_what_fails_once_is_tried_again(
     endpoint: str, fault: str, hub: HubServer, client: Client, folder: Path, begun: str
 ) -> None:
-    if fault.isdigit():
-        hub.fail_next(*ENDPOINTS[endpoint], int(fault))
-    else:
-        hub.break_next(*ENDPOINTS[endpoint], fault)
+    inject(hub, ENDPOINTS[endpoint], fault)
     done = push_and_check(hub, client, folder, begun)
     assert done.error == ""
     assert endpoint == "card head" or (done.pauses == []) == (fault == "slow"), (
@@ -287,10 +284,7 @@ def test_the_hub_says_until_when_to_wait(hub: HubServer, client: Client, folder:
 def test_what_fails_always_ends_in_one_sentence(
     endpoint: str, fault: str, hub: HubServer, client: Client, folder: Path, begun: str
 ) -> None:
-    if fault.isdigit():
-        hub.fail_next(*ENDPOINTS[endpoint], int(fault), times=ALWAYS)
-    else:
-        hub.break_next(*ENDPOINTS[endpoint], fault, times=ALWAYS)
+    inject(hub, ENDPOINTS[endpoint], fault, ALWAYS)
     done = push_and_check(hub, client, folder, begun)
     if endpoint == "verify" or (endpoint, fault) in (("commit", "lost"), ("upload", "lost")):
         assert done.error == "", "it is there, and the next attempt finds that nothing is left to do"
@@ -377,6 +371,16 @@ def test_a_token_never_shows(hub: HubServer, client: Client, folder: Path, repo_
         assert secret not in done.error + done.output
     assert without_secrets(f"Bearer {secret} and {secret}s", None) == "Bearer hf_*** and hf_***"
     assert without_secrets("hf_hub_download", None) == "hf_hub_download"
+
+
+def test_what_the_hub_says_moves_no_cursor(hub: HubServer, client: Client, folder: Path, repo_id: str) -> None:
+    message = f"\x1b[2J\x1b]0;owned\x07 \u202enwod edispu {TOKEN[:3]}\u200b{TOKEN[3:]} {'long ' * 500}"
+    hub.fail_next("GET", "/api/models/", 403, message=message)
+    done = client(pushing.push, folder, repo_id)
+    assert "the token may not write there" in done.error
+    assert done.error.isprintable()
+    assert TOKEN not in done.error
+    assert len(done.error) < 1000
 
 
 def test_a_full_disk_here_is_one_sentence(hub: HubServer, client: Client, folder: Path, begun: str) -> None:

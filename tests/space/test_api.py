@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import wait
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def connect(server: Server) -> gradio_client.Client:
 def test_endpoints_have_names_and_docstrings(server: Server) -> None:
     with urllib.request.urlopen(f"{server.url}/gradio_api/info") as answer:
         endpoints = json.load(answer)["named_endpoints"]
-    assert set(endpoints) == {"/plan", "/prune", "/stop", "/push", "/command", "/estimate", "/launch"}
+    mine = {"/plan", "/prune", "/stop", "/push"}
+    assert set(endpoints) == mine | {"/compare", "/generate", "/command", "/estimate", "/launch"}
     assert all(endpoint["description"] for endpoint in endpoints.values())
 
 
@@ -80,9 +82,30 @@ def test_a_model_of_the_hub_is_pruned_and_nothing_of_it_is_run(server: Server, c
     files = {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()}
     server.hub.add_repo("owner/tiny", files | {"evil.py": b"raise SystemExit"})
     record = RunRecord.from_json(client.predict("owner/tiny", "igsp", samples=4, api_name="/prune"))
+    dense, sparse = client.predict("Question: What is the capital of Canada?\nAnswer:", 8, api_name="/generate")
+    assert "Ottawa" in dense
+    assert sparse != ""
     assert record.base.name == "owner/tiny"
     assert len(record.prune.layers) == 42
     assert "runs only with allow_code_execution" in record.capabilities.not_measured["code"]
+
+
+def test_a_script_compares_mixes_and_asks_both_models(server: Server, client: gradio_client.Client) -> None:
+    found = json.loads(client.predict(["uniform", "single:gsm8k"], **QUICK, api_name="/compare"))
+    assert [record["config"]["mix"] for record in found] == ["uniform", "single:gsm8k"]
+    assert "a comparison takes 2 to 4" in failure(client, ["igsp"], api_name="/compare")
+    prompt = "Question: What is the capital of Canada?\nAnswer:"
+    assert "no result yet in this session" in failure(client, prompt, api_name="/generate")
+    client.predict(**QUICK, sparsity="70%", api_name="/prune")
+    job = client.submit(prompt, 32, api_name="/generate")
+    steps = list(job)
+    assert steps[-1][0].startswith(" Ottawa")
+    assert steps[-1][0] != steps[-1][1]
+    assert all(later[0].startswith(earlier[0]) for earlier, later in pairwise(steps))
+    bad = "<script>alert(1)</script>"
+    assert client.predict(bad, 4, api_name="/generate")[0] != ""
+    for changed, said in (({"prompt": "x" * MIB}, "up to 2,000"), ({"prompt": "a", "new_tokens": 10**9}, "1 to 256")):
+        assert said in failure(client, **changed, api_name="/generate")
 
 
 def test_a_stranger_sees_nothing_of_another(server: Server, client: gradio_client.Client) -> None:
@@ -90,6 +113,7 @@ def test_a_stranger_sees_nothing_of_another(server: Server, client: gradio_clien
     client.predict(**QUICK, api_name="/prune")
     other = connect(server)
     assert "no result yet in this session" in failure(other, "me/stolen", TOKEN, api_name="/push")
+    assert "no result yet in this session" in failure(other, "Who was here?", api_name="/generate")
     assert other.predict(api_name="/stop") is False
     [folder] = [path for path in server.visitors if path.parent.name == "visitors"]
     for path in (folder / "model" / "model.safetensors", folder, Path("/etc/passwd"), f"{folder}/../../files"):

@@ -83,11 +83,27 @@ def unfold(page: playwright.Page, name: str) -> None:
 
 def ask_for_little(page: playwright.Page, sparsity: str = "50%") -> None:
     """Few samples, and only one capability measured."""
-    page.locator("#sparsity input").click()
+    page.locator("[id$=sparsity] input:visible").click()
     page.get_by_role("option", name=sparsity).click()
     unfold(page, "More settings")
     for name in ("commonsense", "code", "math"):
         page.get_by_label(name, exact=True).uncheck()
+
+
+def turn_to(page: playwright.Page, tab: str) -> None:
+    page.get_by_role("tab", name=tab, exact=True).click()
+
+
+def shoot_all(page: playwright.Page, name: str) -> None:
+    """Light and dark, on a desk and on a phone, where nothing may stick out."""
+    for where, viewport in (("", DESK), ("-phone", PHONE)):
+        page.set_viewport_size(viewport)
+        for theme in ("light", "dark"):
+            set_theme(page, theme)
+            shoot(page, f"{name}-{theme}{where}")
+        assert fits(page)
+    page.set_viewport_size(DESK)
+    set_theme(page, "light")
 
 
 def shoot(page: playwright.Page, name: str) -> None:
@@ -123,14 +139,7 @@ def test_the_newcomers_path_leads_to_the_figure_and_to_the_hub(server: Server, v
     assert float(kept[-1]) == pytest.approx(sum(map(float, kept[:-1])) / 4, abs=0.1)
     assert page.locator(".cp-interval").count() == 5
     assert page.locator(".cp-heat td").count() == 42
-    shoot(page, "result-light")
-    set_theme(page, "dark")
-    shoot(page, "result-dark")
-    set_theme(page, "light")
-    page.set_viewport_size(PHONE)
-    shoot(page, "result-phone")
-    assert fits(page)
-    page.set_viewport_size(DESK)
+    shoot_all(page, "result")
 
     unfold(page, "Model card")
     page.get_by_role("heading", name="pocket at 50%").wait_for(timeout=SOON)
@@ -145,6 +154,25 @@ def test_the_newcomers_path_leads_to_the_figure_and_to_the_hub(server: Server, v
     button(page, "Push").click()
     page.get_by_text("Pushed:").wait_for(timeout=SOON)
     assert "model.safetensors" in server.hub.files("me/pocket-50")
+
+    turn_to(page, "Compare mixes")
+    page.locator(".cp-runs li").wait_for(timeout=SOON)
+    assert f"{kept[-1]} % kept" in page.locator(".cp-runs li").inner_text()  # what was pruned is there already
+    turn_to(page, "Try it")
+    page.get_by_text("pocket: dense, and at 50% sparsity.").wait_for(timeout=SOON)
+    button(page, "Answer").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("Done.", exact=True).wait_for(timeout=SOON)
+    dense, sparse = page.locator(".cp-answer").all_inner_texts()
+    assert dense.strip().startswith("Ottawa")
+    assert sparse
+    shoot_all(page, "try")
+    bad = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    page.locator("#prompt textarea").fill(f"Question: What is {bad}?\nAnswer: {bad}\n" * 9)
+    button(page, "Answer").click()
+    page.get_by_text("Done.", exact=True).wait_for(state="detached", timeout=SOON)
+    page.get_by_text("Done.", exact=True).wait_for(timeout=SOON)
+    assert page.locator(".cp-answer img, .cp-answer script").count() == 0
 
 
 @pytest.mark.parametrize("name", ["no such model", "../../etc", "<img src=x onerror=alert(1)>"])
@@ -167,7 +195,7 @@ def test_stop_stops(server: Server, visit: Callable) -> None:
     page.get_by_text("42 linear layers").wait_for(timeout=SOON)
     assert server.visitors
     button(page, "Stop").click()
-    page.get_by_text("nothing of it is left").wait_for(timeout=SOON)
+    page.get_by_text("of what it had not finished, nothing is left").wait_for(timeout=SOON)
     server.wait_for_no_visitors(5)
     assert page.locator(".cp-bars").count() == 0
     button(page, "Show the plan").click()  # the queue is free again
@@ -190,7 +218,42 @@ def test_a_reload_ends_the_run_and_the_page_works_again(server: Server, visit: C
     button(page, "Prune").click()
     page.locator(".cp-now").wait_for(timeout=SOON)
     button(page, "Stop").click()
-    page.get_by_text("nothing of it is left").wait_for(timeout=SOON)
+    page.get_by_text("of what it had not finished, nothing is left").wait_for(timeout=SOON)
+
+
+def test_mixes_are_compared_side_by_side(server: Server, visit: Callable) -> None:
+    page, stranger = visit(reloads=True), visit()
+    turn_to(page, "Compare mixes")
+    button(page, "Compare").click()
+    page.get_by_text("Mix 1 of 3: uniform").wait_for(timeout=SOON)
+    page.locator(".cp-now").wait_for(timeout=SOON)
+    shoot(page, "compare-progress-light")
+    page.reload()  # ends it
+    server.wait_for_no_visitors()
+    turn_to(page, "Compare mixes")
+    button(page, "Compare").click()
+    page.get_by_text("Mix 2 of 3: thealgorithms").wait_for(timeout=A_RUN)
+    turn_to(page, "Prune")  # and back
+    turn_to(page, "Compare mixes")
+    page.get_by_text("The figure stands below").wait_for(timeout=A_RUN)
+    assert page.locator(".cp-group").count() == 5
+    assert page.locator(".cp-group .cp-row").count() == 15
+    assert page.locator(".cp-runs li").count() == 3
+    shoot_all(page, "compare")
+    turn_to(stranger, "Compare mixes")
+    stranger.get_by_text("Nothing to compare yet").wait_for(timeout=SOON)
+    assert stranger.locator(".cp-runs").count() == 0
+    shoot(stranger, "compare-empty-light")
+    turn_to(stranger, "Try it")
+    button(stranger, "Answer").click()
+    stranger.get_by_text("There is no result yet").wait_for(timeout=SOON)
+    button(page, "Compare").click()
+    page.get_by_text("Mix 1 of 3: uniform").wait_for(timeout=SOON)
+    button(page, "Stop").click()
+    page.get_by_text("of what it had not finished, nothing is left").wait_for(timeout=SOON)
+    button(page, "Forget these runs").click()
+    page.get_by_text("Nothing to compare yet").wait_for(timeout=SOON)
+    server.wait_for_no_visitors()
 
 
 def test_two_visitors_at_once_see_their_own_result(visit: Callable) -> None:
