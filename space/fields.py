@@ -3,19 +3,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 
+import limits
+import search
+from events import QUIET
 from limits import CAPABILITIES, POCKET, SAMPLES, SPARSITIES
 
 
-def model(prefix: str = "") -> gr.Textbox:
-    return gr.Textbox(
-        POCKET,
+# What stands in a field a moment after a key, finished or not.
+TYPED = "() => new Promise(done => setTimeout(() => done(document.querySelector('#{} input')?.value ?? ''), 200))"
+
+
+def model(prefix: str = "", here: bool = True) -> gr.Dropdown:
+    """A name, under which models of the Hub stand that hold what is typed: with `here`, those that this page can prune, after
+    the pocket. Any other name may be typed, too."""
+    bundled = [POCKET] if here else []
+    field = gr.Dropdown(
+        bundled,
+        value=POCKET if here else "",
         label="Model",
         elem_id=f"{prefix}model",
-        max_length=96,
-        info="'pocket' is bundled; or owner/name of a small public model",
+        allow_custom_value=True,
+        info="'pocket' is bundled; or type a part of the name of a small public model"
+        if here
+        else "owner/name; type a part of it",
     )
+    typed = gr.Textbox(visible="hidden")
+
+    async def suggest(typed: str) -> Any:
+        return gr.update(choices=[*bundled, *await search.names(typed, small=here)])
+
+    field.focus(None, js="() => document.activeElement.select()", **QUIET)  # so that a key replaces what stands there
+    field.key_up(None, None, typed, js=TYPED.format(field.elem_id), **QUIET)
+    # Outside the queue, in which runs wait; of what is typed during a search, only the last is searched for next.
+    typed.change(suggest, typed, field, queue=False, trigger_mode="always_last", **QUIET)
+    return field
+
+
+def mixes(name: object) -> list[tuple[str, str]]:
+    """What a mix is chosen from, for the model that stands in the field: each as it is shown, and its name."""
+    offered = limits.mixes(table_of(name))
+    return [(f"{mix.removeprefix(limits.ALONE)}: {what}", mix) for mix, what in offered.items()]
 
 
 def sparsity(prefix: str = "") -> gr.Dropdown:
@@ -36,6 +67,6 @@ def capabilities() -> gr.CheckboxGroup:
     return gr.CheckboxGroup(list(CAPABILITIES), value=list(CAPABILITIES), label="Capabilities to measure")
 
 
-def table_of(name: str) -> str:
+def table_of(name: object) -> str:
     """The model whose table of sources holds for what stands in the field, finished or not."""
-    return POCKET if name.strip() == POCKET else ""
+    return POCKET if str(name).strip() == POCKET else ""

@@ -19,10 +19,12 @@ from optimum_calibprune import calibration_sources
 POCKET = "pocket"
 CAPABILITIES = ("general", "commonsense", "code", "math")
 MIXES = {
-    "uniform": "texts from sources, in equal parts",
+    "uniform": "sources in equal parts",
     "igsp": "written by the model, selected",
     "self-cal": "written by the model, unguided",
+    "sgs": "begun by sources, written on by the model",
     "balanced": "as uniform, each capability with the same weight",
+    "mixcal": "as uniform, half of the weight on general text",
     "cola": "texts that excite the model differently",
 }
 ALONE = "single:"  # and the name of a source

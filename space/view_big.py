@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+import fields
 import figures
 import jobs
 from estimate import ASSUMED, Estimate, estimates, shape_of
@@ -118,7 +119,7 @@ def big_view(root: Path, login: bool) -> None:
 
 
 def _form() -> tuple[list[gr.components.Component], gr.components.Component]:
-    model = gr.Textbox(label="Model", elem_id="big-model", placeholder="owner/name", max_length=96)
+    model = fields.model("big-", here=False)
     sparsity = gr.Dropdown(list(SPARSITIES), value="50%", label="Sparsity", elem_id="big-sparsity")
     mix = gr.Radio(
         [(f"{name}: {what}", name) for name, what in MIXES.items()], value="uniform", label="Calibration mix"

@@ -609,12 +609,30 @@ def repo_info(hub: HubServer, request: Request) -> Reply:
 
 @route("GET", "/api/models")
 def list_models(hub: HubServer, request: Request) -> Reply:
-    """Public models whose name holds what is searched for, in the order in which they came."""
-    wanted = request.query.get("search", [""])[0].lower()
-    limit = int(request.query.get("limit", ["1000"])[0])
-    public = [repo for repo in hub.repos.values() if repo.repo_type == "model" and not repo.private]
-    found = [repo for repo in public if wanted in repo.repo_id.lower()]
-    return Reply.of([{"id": repo.repo_id, "safetensors": {"total": parameters(repo)}} for repo in found[:limit]])
+    """Public models that fit what is asked for, in the order in which they came."""
+    asked = {name: values[0].lower() for name, values in request.query.items()}
+    wanted = {*request.query.get("filter", []), *request.query.get("pipeline_tag", [])}
+    most = float(asked.get("num_parameters", "max:inf").removeprefix("max:").removesuffix("b")) * 1e9
+    found = [
+        {"id": repo.repo_id, "tags": sorted(tags(repo)), "gated": "auto" if repo.gated else False}
+        | {"safetensors": {"parameters": {"BF16": parameters(repo)}, "total": parameters(repo)}}
+        for repo in hub.repos.values()
+        if repo.repo_type == "model"
+        and not repo.private
+        and asked.get("search", "") in repo.repo_id.lower()
+        and not (repo.gated and asked.get("gated") == "false")
+        and wanted <= tags(repo)
+        and parameters(repo) <= most
+    ]
+    return Reply.of(found[: int(asked.get("limit", "1000"))])
+
+
+def tags(repo: Repo) -> set[str]:
+    """What a model is filtered by: what its card says, and whether it has safetensors."""
+    files = repo.at("main").files
+    card = metadata(files.get("README.md", b""))
+    said = {*card.get("tags", []), card.get("pipeline_tag"), card.get("library_name")}
+    return said - {None} | ({"safetensors"} if any(path.endswith(".safetensors") for path in files) else set())
 
 
 def parameters(repo: Repo) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from optimum_calibprune import pocket
 from tests.hub_server import TOKEN
 from tests.space.server import Server, serve
 
@@ -88,6 +89,12 @@ def ask_for_little(page: playwright.Page, sparsity: str = "50%") -> None:
     unfold(page, "More settings")
     for name in ("commonsense", "code", "math"):
         page.get_by_label(name, exact=True).uncheck()
+
+
+def model_files() -> dict[str, bytes]:
+    """Of a model on the Hub that is the pocket in all but its name."""
+    files = {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()}
+    return files | {"README.md": b"---\npipeline_tag: text-generation\nlibrary_name: transformers\n---\n"}
 
 
 def turn_to(page: playwright.Page, tab: str) -> None:
@@ -178,7 +185,7 @@ def test_the_newcomers_path_leads_to_the_figure_and_to_the_hub(server: Server, v
 @pytest.mark.parametrize("name", ["no such model", "../../etc", "<img src=x onerror=alert(1)>"])
 def test_a_bad_name_is_answered_in_one_sentence(visit: Callable, name: str) -> None:
     page = visit()
-    page.locator("#model textarea").fill(name)
+    page.locator("#model input").fill(name)
     button(page, "Prune").click()
     said = page.locator(".cp-error")
     said.wait_for(timeout=SOON)
@@ -187,6 +194,46 @@ def test_a_bad_name_is_answered_in_one_sentence(visit: Callable, name: str) -> N
     )
     playwright.expect(button(page, "Prune")).to_be_enabled()
     playwright.expect(button(page, "Stop")).to_be_hidden()
+
+
+def test_models_of_the_hub_are_found_by_a_part_of_their_name(server: Server, visit: Callable) -> None:
+    for name in ("owner/tiny-story", "owner/other"):
+        server.hub.add_repo(name, model_files())
+    page = visit()
+    field, listed = page.locator("#model input"), page.get_by_role("option")
+    field.focus()
+    page.keyboard.type("tin")
+    page.get_by_role("option", name="owner/tiny-story").wait_for(timeout=SOON)
+    assert [entry.get_attribute("aria-label") for entry in listed.all()] == ["pocket", "owner/tiny-story"]
+    shoot(page, "search-light")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    playwright.expect(field).to_have_value("owner/tiny-story")
+    page.locator("#mix input").click()
+    page.get_by_role("option", name="c4: general alone").wait_for(timeout=SOON)  # a source for models of the Hub
+    page.get_by_role("option", name="self-cal").click()
+    button(page, "Show the plan").click()
+    page.get_by_text("42 linear layers").wait_for(timeout=SOON)
+    assert page.locator("code", has_text="self-cal").is_visible()
+
+    server.hub.fail_next("GET", "/api/models", 500, times=9)
+    field.focus()
+    page.keyboard.type("owner/other")
+    page.keyboard.press("Tab")
+    playwright.expect(page.get_by_label("Sparsity").first).to_be_focused()
+    page.wait_for_timeout(1000)  # in which a search would have opened its list again
+    assert page.locator("#model [role=option]:visible").count() == 0
+    playwright.expect(field).to_have_value("owner/other")
+    server.hub.forget_faults()
+    field.fill("x" * 2**20)
+    page.keyboard.press("x")
+    turn_to(page, "Big models")
+    page.locator("#big-model input").focus()
+    page.keyboard.type("oth")
+    page.get_by_role("option", name="owner/other").click()
+    button(page, "Show the command").click()
+    page.get_by_text("prune owner/other").wait_for(timeout=SOON)
+    assert {token for _, target, token in server.hub.requests if target.startswith("/api/models?")} == {None}
 
 
 def test_stop_stops(server: Server, visit: Callable) -> None:

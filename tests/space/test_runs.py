@@ -18,8 +18,9 @@ from tests.publishing.run_record import example
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
+import limits
 import runs
-from limits import Job
+from limits import Job, checked
 from runs import sentence
 from visitors import Visitor, Visitors
 
@@ -56,6 +57,23 @@ def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Pa
     assert run.folder.exists()
     visitors.leave("one")
     assert list(visitors.root.iterdir()) == list(visitors.files.iterdir()) == []
+
+
+@pytest.mark.parametrize("mix", limits.mixes(limits.POCKET))
+def test_each_mix_that_is_offered_has_a_plan_for_the_pocket(mix: str, tmp_path: Path) -> None:
+    asked = checked(limits.POCKET, mix, [], QUICK.sparsity, QUICK.samples, QUICK.capabilities)
+    text = runs.plan_of(asked, tmp_path)
+    assert "42 linear layers" in text
+    assert f"(`{mix}` of" in text
+
+
+@pytest.mark.parametrize("mix", ["sgs", "mixcal", "balanced"])  # others run elsewhere in these tests
+def test_mixes_of_other_kinds_run(mix: str, tmp_path: Path) -> None:
+    run = Visitors(tmp_path / "visitors", tmp_path / "files").prune("one", replace(QUICK, mix=mix))
+    while run.wait(1.0):
+        pass
+    assert run.error == ""
+    assert run.record.config.mix.kind == mix
 
 
 @pytest.mark.parametrize("stage", ["load", "read", "prune", "measure sparse"])
