@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(tempfile.gettempdir()) / "calibprune-space"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it is imported
+os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # no visitor sees or does anything by the token of this Space
 
 import gradio as gr  # noqa: E402
 
@@ -47,6 +48,8 @@ def build_demo(visitors: Visitors, login: bool = False) -> gr.Blocks:
     with gr.Blocks(title="CalibPrune", delete_cache=(60, KEPT_SECONDS)) as demo:
         endpoints(visitors)
         gr.Markdown(ABOUT, elem_classes="cp-title")
+        if login:  # above all views, since the page is loaded anew, and what it has shown is gone then
+            gr.LoginButton(size="sm", elem_id="login")
         with gr.Tabs():
             prune_view(visitors, login)
             compare_view(visitors)

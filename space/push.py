@@ -15,8 +15,6 @@ from visitors import Visitors
 
 def push_form(visitors: Visitors, login: bool) -> None:
     gr.Markdown("## Push it to the Hub")
-    if login:
-        gr.LoginButton()
     with gr.Row():
         repo = gr.Textbox(label="Repo", elem_id="repo", placeholder="you/pocket-50", max_length=96)
         token = gr.Textbox(

@@ -43,8 +43,6 @@ def big_view(root: Path, login: bool) -> None:
                 )
                 table = gr.HTML(figures.message("What it takes stands here."), padding=False)
         gr.Markdown("## Run it on Hugging Face Jobs")
-        if login:
-            gr.LoginButton()
         with gr.Row():
             flavor = gr.Dropdown(
                 [], label="Hardware", elem_id="flavor", info="those of the estimate, the cheapest first"
