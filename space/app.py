@@ -15,6 +15,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it is imported
 
 import gradio as gr  # noqa: E402
+import spaces  # noqa: E402, F401  first of all that brings torch, which it prepares where GPUs are lent
 
 from api import endpoints  # noqa: E402
 from events import key_of  # noqa: E402
