@@ -25,8 +25,9 @@ from limits import (
     whole,
 )
 from push import upload
-from runs import EXPECTED, Run, plan_of, sentence
+from runs import Run, plan_of
 from visitors import Visitors
+from watch import EXPECTED, sentence
 
 
 def endpoints(visitors: Visitors) -> None:

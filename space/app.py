@@ -16,6 +16,7 @@ os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # no visitor sees or does anything by the token of this Space
 
 import gradio as gr  # noqa: E402
+import spaces  # noqa: E402, F401  first of all that brings torch, which it prepares where GPUs are lent
 
 from api import endpoints  # noqa: E402
 from events import key_of  # noqa: E402

@@ -39,9 +39,9 @@ class Estimate:
     hours: tuple[float, float]
 
     @property
-    def dollars(self) -> tuple[float, float] | None:
-        price = self.flavor.dollars_per_hour
-        return (price * self.hours[0], price * self.hours[1]) if price is not None else None
+    def dollars(self) -> tuple[float, float]:
+        low, high = self.hours
+        return self.flavor.dollars_per_hour * low, self.flavor.dollars_per_hour * high
 
     @property
     def told(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def shape_of(job: BigJob, token: str | None, root: Path) -> ModelShape:
 
 
 def estimates(shape: ModelShape, flavors: Sequence[Flavor]) -> list[Estimate]:
-    """Of all flavors whose GPU holds what the plan needs, the cheapest first, those of unknown price by their hours.
+    """Of all flavors whose GPU holds what the plan needs, the cheapest first.
 
     Raises `ValueError` where none of them can do the run.
     """
@@ -75,15 +75,19 @@ def estimates(shape: ModelShape, flavors: Sequence[Flavor]) -> list[Estimate]:
         raise ValueError(
             refused or f"None of the {len(flavors)} GPUs that are for rent one at a time holds this model."
         )
-    return sorted(found, key=lambda entry: entry.dollars or entry.hours)
+    return sorted(found, key=lambda entry: entry.dollars)
+
+
+def work_seconds(shape: ModelShape, plan: Plan, flavor: Flavor) -> float:
+    """Of the GPU, at the rates of its data sheet: pruning, reading questions, writing texts."""
+    asked = 2 * ASKED_TOKENS if plan.capabilities else 0
+    read = 2.0 * shape.parameters * asked / flavor.rates.products
+    written = plan.written / TOGETHER * shape.weight_bytes / flavor.rates.bandwidth
+    return plan.seconds + read + written
 
 
 def _hours(shape: ModelShape, plan: Plan, flavor: Flavor) -> tuple[float, float]:
-    machine = flavor.machine
-    asked = 2 * ASKED_TOKENS if plan.capabilities else 0
-    read = 2.0 * shape.parameters * asked / machine.products
-    written = plan.written / TOGETHER * shape.weight_bytes / flavor.rates.bandwidth
-    work = plan.seconds + read + written
+    work = work_seconds(shape, plan, flavor)
     low, high = (
         starts + 2 * shape.weight_bytes / network + over * work
         for starts, network, over in zip(STARTS, NETWORK, OVER_RATES, strict=True)

@@ -35,20 +35,21 @@ RATES = {  # GPUs without bf16 are left out
     "H100": Rates(989e12, 67e12, 3.3e12),
     "H200": Rates(989e12, 67e12, 4.8e12),
     "RTX PRO 6000": Rates(504e12, 125e12, 1.6e12),
+    "half an RTX PRO 6000": Rates(252e12, 63e12, 0.8e12),  # as ZeroGPU lends it
 }
 
 
 @dataclass(frozen=True)
 class Flavor:
     """What can be rented with one GPU: its name on the Hub, the GPU, bytes of its memory, of the host's and of the disk, and
-    dollars an hour where they are known."""
+    dollars an hour."""
 
     name: str
     gpu: str
     memory: int
     host_memory: int
     disk: int
-    dollars_per_hour: float | None = None
+    dollars_per_hour: float
 
     @property
     def rates(self) -> Rates:
@@ -61,22 +62,15 @@ class Flavor:
         return Machine("cuda", free, self.host_memory, rates.products, rates.exact_products, sweep)
 
 
-# For when the list cannot be had; prices are never taken from here, and disks are the smallest that there are.
-KNOWN = (
-    Flavor("l4x1", "L4", 24 * GB, 30 * GB, 400 * GB),
-    Flavor("a10g-large", "A10G", 24 * GB, 46 * GB, 200 * GB),
-    Flavor("l40sx1", "L40S", 48 * GB, 62 * GB, 380 * GB),
-    Flavor("a100-large", "A100", 80 * GB, 142 * GB, 1000 * GB),
-    Flavor("h200", "H200", 141 * GB, 256 * GB, 3000 * GB),
-)
-
-
 def flavors() -> tuple[Flavor, ...]:
-    """Those with one GPU whose rates are known, as the Hub lists them today; `KNOWN`, without prices, where it does not."""
+    """Those with one GPU whose rates are known, and with a price, as the Hub lists them today.
+
+    Raises `ValueError` where the list cannot be had.
+    """
     try:
         listed = HfApi(token=False).list_jobs_hardware()
     except (OSError, httpx.HTTPError, ValueError, LookupError, TypeError):  # no Hub, or a list of another kind
-        return KNOWN
+        raise ValueError("The Hub's list of hardware cannot be had; try again later.") from None
     found = []
     for entry in listed:
         gpu = entry.accelerator
@@ -84,9 +78,8 @@ def flavors() -> tuple[Flavor, ...]:
         if gpu is None or model is None or str(gpu.quantity) != "1":
             continue
         sizes = _bytes(gpu.vram), _bytes(entry.ram), _bytes(entry.ephemeral_storage)
-        if all(sizes):
-            unit = PER_HOUR.get(entry.unit_label)
-            dollars = entry.unit_cost_usd * unit if unit is not None and entry.unit_cost_usd else None
+        dollars = (entry.unit_cost_usd or 0) * PER_HOUR.get(entry.unit_label, 0)
+        if all(sizes) and dollars:
             found.append(Flavor(entry.name, model, *sizes, dollars))
     return tuple(found)
 

@@ -67,17 +67,21 @@ class Job:
     capabilities: tuple[str, ...] = CAPABILITIES
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The arguments of `CalibPruner.from_pretrained`: no code of a model's repo, no pickles, no code that it writes."""
+    def config(self) -> dict[str, Any]:
+        """What is asked for, as arguments of `ModelShape.from_pretrained`."""
         asked = {"mix": self.mix, "sparsity": self.sparsity, "samples": self.samples, "length": LENGTH}
         if self.sources:
             asked["sources"] = list(self.sources)
         everything = set(self.capabilities) == set(CAPABILITIES)
         measured: Any = "auto" if everything else self.capabilities
-        if self.model == POCKET:
-            return asked | {"capabilities": measured}
+        items = {} if self.model == POCKET else {"suite": "quick", "limit": ITEMS}
+        return asked | items | {"capabilities": measured}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `CalibPruner.from_pretrained`: no code of a model's repo, no pickles, no code that it writes."""
         closed = {"trust_remote_code": False, "allow_pickle": False, "allow_code_execution": False, "stream": False}
-        return asked | closed | {"capabilities": measured, "suite": "quick", "limit": ITEMS}
+        return self.config | (closed if self.model != POCKET else {})
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import figures
 from events import PRIVATE, key_of
 from limits import checked_repo
 from optimum_calibprune import push_folder
-from runs import EXPECTED, PruneRun, sentence
+from runs import PruneRun
 from visitors import Visitors
+from watch import EXPECTED, sentence
 
 
 def push_form(visitors: Visitors, login: bool) -> None:

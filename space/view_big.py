@@ -19,7 +19,7 @@ from events import PRIVATE
 from hardware import flavors
 from limits import BIG_SAMPLES, HOURS, MIXES, PROCESSES, SPARSITIES, checked_big, checked_token, whole
 from optimum_calibprune import ModelShape, calibration_sources
-from runs import EXPECTED, sentence
+from watch import EXPECTED, sentence
 
 
 LIGHT = {"concurrency_id": "estimate", "concurrency_limit": 1, **PRIVATE}
@@ -141,22 +141,21 @@ def estimate_table(model: str, shape: ModelShape, found: Sequence[Estimate]) -> 
     head = "".join(
         f"<th scope='col'>{name}</th>" for name in ("", "GPU", "needed on it", "weights", "hours", "dollars")
     )
-    unpriced = " The Hub's prices cannot be had now." if any(entry.dollars is None for entry in found) else ""
     return (
         f'<p class="cp-headline">{escape(model)}: <b>{shape.parameters / 1e9:,.1f}</b> billion parameters, '
         f"{shape.weight_bytes / 2**30:,.1f} GiB.</p>"
         f'<div class="cp-scroll"><table class="cp-table cp-estimate"><tr>{head}</tr>{rows}</table></div>'
-        f'<p class="cp-note">{escape(ASSUMED + unpriced)}</p>'
+        f'<p class="cp-note">{escape(ASSUMED)}</p>'
     )
 
 
 def _row(entry: Estimate) -> str:
     where = "block by block" if entry.plan.streamed else "in memory"
-    cost = _between(*entry.dollars, "${:,.2f}") if entry.dollars is not None else "unknown"
     return (
         f"<tr><th scope='row'>{escape(entry.flavor.name)}</th><td>{escape(entry.flavor.gpu)}, "
         f"{entry.flavor.memory / 1e9:,.0f} GB</td><td>{entry.gpu_bytes / 1e9:,.0f} GB</td><td>{where}</td>"
-        f"<td>{_between(*entry.hours, '{:,.1f}')}</td><td>{cost}</td></tr>"
+        f"<td>{_between(*entry.hours, '{:,.1f}')}</td>"
+        f"<td>{_between(*entry.dollars, '${:,.2f}')}</td></tr>"
     )
 
 
@@ -164,15 +163,11 @@ def _between(low: float, high: float, form: str) -> str:
     return f"{form.format(low)} to {form.format(high)}"
 
 
-def most_it_costs(prices: dict[str, float | None], flavor: str | None, hours: float) -> str:
+def most_it_costs(prices: dict[str, float], flavor: str | None, hours: float) -> str:
     """What a job is ended at, in hours and dollars."""
     if flavor not in prices:
         return ""
     price = prices[flavor]
-    if price is None:
-        return figures.message(
-            f"Ended after {hours:g} hours at the latest, on your account; its price is not known now."
-        )
     cost = f"${price * hours:,.2f} at ${price:,.2f} an hour"
     return figures.message(f"Ended after {hours:g} hours at the latest: at most {cost}, on your account.")
 

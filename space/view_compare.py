@@ -13,8 +13,9 @@ import fields
 import figures
 from events import EVERY, QUIET, Desk, Update, key_of
 from limits import ALONE, COMPARED, POCKET, checked_mixes
-from runs import CompareRun, sentence
+from runs import CompareRun
 from visitors import Visitors
+from watch import sentence
 
 
 PROPOSED = ["uniform", f"{ALONE}thealgorithms", f"{ALONE}gsm8k"]

@@ -14,8 +14,9 @@ from events import EVERY, QUIET, Desk, Update, key_of
 from limits import POCKET, checked
 from optimum_calibprune import calibration_sources
 from push import push_form
-from runs import EXPECTED, PruneRun, plan_of, sentence
+from runs import PruneRun, plan_of
 from visitors import Visitors
+from watch import EXPECTED, sentence
 
 
 def prune_view(visitors: Visitors, login: bool) -> None:

@@ -12,8 +12,8 @@ import figures
 from answers import STATES, AnswerRun
 from events import QUIET, Desk, Update, key_of
 from limits import NEW_TOKENS, PROMPT_CHARACTERS, TEMPERATURE, checked_question
-from runs import sentence
 from visitors import Visitors
+from watch import sentence
 
 
 EVERY = 0.1  # seconds between two looks at the answers

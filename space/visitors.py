@@ -16,7 +16,8 @@ from typing import TypeVar
 from answers import AnswerRun
 from limits import COMPARED, KEPT_RESULTS, KEPT_SECONDS, Job, Question
 from optimum_calibprune import RunRecord
-from runs import STOPPED, CompareRun, PruneRun, Run
+from runs import CompareRun, PruneRun, Run
+from watch import STOPPED
 
 
 R = TypeVar("R", bound=Run)

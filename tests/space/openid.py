@@ -68,7 +68,9 @@ def ask(hub: LoginHub, request: Request) -> Reply:
     hub.provider.scopes.append(asked["scope"].split())
     hidden = "".join(f'<input type="hidden" name="{escape(k)}" value="{escape(v)}">' for k, v in asked.items())
     buttons = "".join(f'<button name="user" value="{user}">Authorize as {user}</button>' for user in TOKENS)
-    page = f'<!doctype html><title>Log in</title><form method="post" action="/oauth/authorize">{hidden}{buttons}</form>'
+    page = (
+        f'<!doctype html><title>Log in</title><form method="post" action="/oauth/authorize">{hidden}{buttons}</form>'
+    )
     return Reply(page.encode(), headers={"Content-Type": "text/html"})
 
 
@@ -77,7 +79,9 @@ def grant(hub: LoginHub, request: Request) -> Reply:
     granted, code = dict(parse_qsl(request.body.decode())), secrets.token_urlsafe()
     hub.provider.codes[code] = granted
     back, sign = granted["redirect_uri"], "&" if "?" in granted["redirect_uri"] else "?"
-    return Reply(status=303, headers={"Location": f"{back}{sign}{urlencode({'code': code, 'state': granted['state']})}"})
+    return Reply(
+        status=303, headers={"Location": f"{back}{sign}{urlencode({'code': code, 'state': granted['state']})}"}
+    )
 
 
 @route("POST", "/oauth/token")

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
 from answers import AnswerRun, encode
 from limits import Job, Question
-from runs import STOPPED
 from visitors import Visitors
+from watch import STOPPED
 
 
 PROMPT = "Question: What is the capital of Canada?\nAnswer:"
@@ -61,7 +61,7 @@ def test_answers_stop_when_asked_to_and_in_time(visitors: Visitors, monkeypatch:
     run = visitors.answer("one", Question(PROMPT, 256, temperature=1.0))
     run.stop()
     assert run.error == STOPPED
-    monkeypatch.setattr(AnswerRun, "seconds", 0.0)
+    monkeypatch.setattr(AnswerRun, "limit", 0.0)
     assert "longer than" in finished(visitors.answer("one", Question(PROMPT, 256))).error
     assert visitors.result("one").folder.exists(), "the result stays"
 

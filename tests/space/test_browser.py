@@ -13,6 +13,7 @@ import pytest
 
 from optimum_calibprune import pocket
 from tests.hub_server import TOKEN
+from tests.space import large
 from tests.space.server import Server, serve
 
 
@@ -301,6 +302,37 @@ def test_mixes_are_compared_side_by_side(server: Server, visit: Callable) -> Non
     button(page, "Forget these runs").click()
     page.get_by_text("Nothing to compare yet").wait_for(timeout=SOON)
     server.wait_for_no_visitors()
+
+
+def test_a_large_model_is_estimated_and_started_elsewhere(server: Server, visit: Callable) -> None:
+    server.hub.add_repo("owner/large", {"config.json": large.config().encode()})
+    page = visit()
+    turn_to(page, "Big models")
+    shoot(page, "big-empty-light")
+    page.locator("#big-model input").fill("owner/large")
+    page.keyboard.press("Tab")
+    button(page, "Show the command").click()
+    page.get_by_text("calibprune prune owner/large").wait_for(timeout=SOON)
+    button(page, "Estimate").click()
+    page.get_by_text("8.0 billion parameters").wait_for(timeout=SOON)
+    assert page.locator(".cp-estimate tr").count() == 1 + 3
+    page.get_by_text("at most $").wait_for(timeout=SOON)
+    button(page, "Start the job").click()
+    page.get_by_text("Log in, or give a token").wait_for(timeout=SOON)
+    page.locator("#big-token input").fill(TOKEN)
+    button(page, "Start the job").click()
+    page.get_by_text("Name a repo to push to").wait_for(timeout=SOON)
+    page.locator("#big-repo textarea").fill("me/large-50")
+    button(page, "Start the job").click()
+    page.get_by_text("The job is started").wait_for(timeout=SOON)
+    [job] = server.hub.jobs.values()
+    assert job["secrets"] == {"HF_TOKEN": TOKEN}
+    button(page, "How is it going?").click()
+    page.get_by_text("The job is scheduling").wait_for(timeout=SOON)
+    shoot_all(page, "big")
+    button(page, "Cancel the job").click()
+    page.get_by_text("The job is cancelled").wait_for(timeout=SOON)
+    assert job["status"]["stage"] == "CANCELED"
 
 
 def test_two_visitors_at_once_see_their_own_result(visit: Callable) -> None:
