@@ -13,8 +13,11 @@ from events import QUIET
 from limits import CAPABILITIES, POCKET, SAMPLES, SPARSITIES
 
 
-# What stands in a field a moment after a key, finished or not.
-TYPED = "() => new Promise(done => setTimeout(() => done(document.querySelector('#{} input')?.value ?? ''), 200))"
+# What stands in a field, finished or not, once no key has changed it for a moment; until then what stood there `before`.
+TYPED = """before => new Promise(done => {
+    const read = () => document.querySelector("#ID input")?.value ?? "", now = read();
+    setTimeout(() => done(read() === now ? now : before), 250);
+})"""
 
 
 def model(prefix: str = "", here: bool = True) -> gr.Dropdown:
@@ -34,13 +37,20 @@ def model(prefix: str = "", here: bool = True) -> gr.Dropdown:
     typed = gr.Textbox(visible="hidden")
 
     async def suggest(typed: str) -> Any:
-        return gr.update(choices=[*bundled, *await search.names(typed, small=here)])
+        choices = [*bundled, *await search.names(typed, small=here)]
+        return chosen_from(choices) if choices else gr.skip()
 
     field.focus(None, js="() => document.activeElement.select()", **QUIET)  # so that a key replaces what stands there
-    field.key_up(None, None, typed, js=TYPED.format(field.elem_id), **QUIET)
+    field.key_up(None, typed, typed, js=TYPED.replace("ID", field.elem_id), **QUIET)
     # Outside the queue, in which runs wait; of what is typed during a search, only the last is searched for next.
     typed.change(suggest, typed, field, queue=False, trigger_mode="always_last", **QUIET)
     return field
+
+
+def chosen_from(choices: list[Any], **further: Any) -> dict[str, Any]:
+    """The update of a list of choices, which may be open: how many stands first, since one that gets shorter would otherwise
+    draw those that are gone once more, and fail."""
+    return gr.update(num_choices_shown=len(choices), choices=choices, **further)
 
 
 def mixes(name: object) -> list[tuple[str, str]]:

@@ -82,7 +82,7 @@ def big_view(root: Path, login: bool) -> None:
         choices = [(f"{entry.flavor.name} ({entry.flavor.gpu})", entry.flavor.name) for entry in found]
         limit = min(HOURS[1], math.ceil(2 * found[0].hours[1]))
         known = {entry.flavor.name: entry.flavor.dollars_per_hour for entry in found}
-        return estimate_table(job.model, shape, found), known, gr.update(choices=choices, value=choices[0][1]), limit
+        return estimate_table(job.model, shape, found), known, fields.chosen_from(choices, value=choices[0][1]), limit
 
     def begin(owner: str | None, *values: Any) -> tuple[str, str, Any, Any]:
         *asked, chosen, ends, given = values

@@ -100,7 +100,7 @@ def _form() -> list[gr.components.Component]:
     def offer(name: str, before: list[str]) -> Any:
         choices = fields.mixes(name)
         known = {mix for _, mix in choices}
-        return gr.update(choices=choices, value=[mix for mix in before if mix in known])
+        return fields.chosen_from(choices, value=[mix for mix in before if mix in known])
 
     model.change(offer, [model, chosen], chosen, **QUIET)
     return [model, chosen, sparsity, samples, measured]

@@ -84,8 +84,12 @@ def _form() -> list[gr.components.Component]:
 
     def offer(name: str, before: str) -> tuple[Any, Any, str]:
         table, offered = calibration_sources(fields.table_of(name)), fields.mixes(name)
-        kept = before if before in [mix for _, mix in offered] else "uniform"
-        return gr.update(choices=offered, value=kept), gr.update(choices=list(table), value=[]), figures.legend(table)
+        kept = before if before in [name for _, name in offered] else "uniform"
+        return (
+            fields.chosen_from(offered, value=kept),
+            fields.chosen_from(list(table), value=[]),
+            figures.legend(table),
+        )
 
     model.change(offer, [model, mix], [mix, sources, legend], **QUIET)
     return [model, mix, sources, sparsity, samples, measured]

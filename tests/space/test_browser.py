@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,19 +13,12 @@ import pytest
 from optimum_calibprune import pocket
 from tests.hub_server import TOKEN
 from tests.space import large
+from tests.space.browsing import A_RUN, SOON, ask_for_little, button, opened, playwright, unfold
 from tests.space.server import Server, serve
 
 
-pytest.importorskip("gradio", reason="the Space needs gradio")
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")  # what Gradio says as its page goes
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("the browser tests need Chromium: apt-get install chromium", allow_module_level=True)
-
 SCREENSHOTS = Path(__file__).parents[2] / "runs" / "space"
-A_RUN = 400_000  # milliseconds
-SOON = 60_000
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1200, "height": 900}
 
@@ -39,10 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[playwright.Browser]:
-    with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with opened() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -75,21 +65,9 @@ def visit(server: Server, browser: playwright.Browser) -> Iterator[Callable[...,
     assert errors == []
 
 
-def button(page: playwright.Page, name: str) -> playwright.Locator:
-    return page.get_by_role("button", name=name, exact=True)
-
-
-def unfold(page: playwright.Page, name: str) -> None:
-    page.get_by_role("button", name=name).click()  # its name ends with an arrow
-
-
-def ask_for_little(page: playwright.Page, sparsity: str = "50%") -> None:
-    """Few samples, and only one capability measured."""
+def choose_sparsity(page: playwright.Page, sparsity: str) -> None:
     page.locator("[id$=sparsity] input:visible").click()
     page.get_by_role("option", name=sparsity).click()
-    unfold(page, "More settings")
-    for name in ("commonsense", "code", "math"):
-        page.get_by_label(name, exact=True).uncheck()
 
 
 def model_files() -> dict[str, bytes]:
@@ -203,8 +181,10 @@ def test_models_of_the_hub_are_found_by_a_part_of_their_name(server: Server, vis
     page = visit()
     field, listed = page.locator("#model input"), page.get_by_role("option")
     field.focus()
-    page.keyboard.type("tin")
-    page.get_by_role("option", name="owner/tiny-story").wait_for(timeout=SOON)
+    page.keyboard.type("own")
+    page.get_by_role("option", name="owner/other").wait_for(timeout=SOON)
+    page.keyboard.type("er/t")
+    playwright.expect(listed).to_have_count(2)  # the list gets shorter while it is open
     assert [entry.get_attribute("aria-label") for entry in listed.all()] == ["pocket", "owner/tiny-story"]
     shoot(page, "search-light")
     page.keyboard.press("ArrowDown")
@@ -338,7 +318,8 @@ def test_a_large_model_is_estimated_and_started_elsewhere(server: Server, visit:
 def test_two_visitors_at_once_see_their_own_result(visit: Callable) -> None:
     pages = {"30%": visit(), "70%": visit()}
     for sparsity, page in pages.items():
-        ask_for_little(page, sparsity)
+        choose_sparsity(page, sparsity)
+        ask_for_little(page)
         button(page, "Prune").click()
     playwright.expect(pages["70%"].get_by_text("Waiting for a turn")).to_be_visible()
     for sparsity, page in pages.items():
