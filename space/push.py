@@ -14,6 +14,9 @@ from visitors import Visitors
 from watch import EXPECTED, sentence
 
 
+LOG_IN = ". Or log in at the top of the page, before you prune: it is loaded anew then"
+
+
 def push_form(visitors: Visitors, login: bool) -> None:
     gr.Markdown("## Push it to the Hub")
     with gr.Row():
@@ -23,7 +26,7 @@ def push_form(visitors: Visitors, login: bool) -> None:
             elem_id="token",
             type="password",
             max_length=200,
-            info="with the right to write; used once, kept nowhere",
+            info="with the right to write; used once, kept nowhere" + (LOG_IN if login else ""),
         )
     with gr.Row():
         private = gr.Checkbox(label="Private")

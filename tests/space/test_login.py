@@ -36,10 +36,15 @@ def browser() -> Iterator[playwright.Browser]:
 
 
 def visit(server: Server, browser: playwright.Browser) -> playwright.Page:
-    """A new visitor, with cookies of their own."""
-    page = browser.new_context().new_page()
+    """A new visitor, with cookies of their own. Who left before the page has asked all that it asks as it loads, would be
+    brought back by gradio, which takes that for a broken connection."""
+    page, ended = browser.new_context().new_page(), []
+    for event in ("requestfinished", "requestfailed"):
+        page.on(event, lambda request: ended.append(request.url))
     page.goto(server.url)
     log_in(page).wait_for(timeout=SOON)
+    while not any("/queue/data" in url for url in ended):
+        page.wait_for_timeout(50)
     return page
 
 
