@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import HfApi, JobInfo
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
@@ -15,7 +18,8 @@ from limits import HOURS, BigJob, checked_token, whole
 
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
-INSTALLED = ("optimum-calibprune[triton]", "torch>=2.10")  # as the head of examples/prune_job.py has it
+PACKAGE, TORCH = "optimum-calibprune[triton]", "torch>=2.10"  # as the head of examples/prune_job.py has it
+HERE = Path(__file__).parent
 OUTPUT = "/tmp/sparse"  # goes with the job; the result is pushed
 REFUSED = {
     401: "The Hub does not accept the token.",
@@ -24,6 +28,12 @@ REFUSED = {
     404: "There is no such job of yours.",
     429: "The Hub has had too many requests; try again later.",
 }
+
+
+def package() -> str:
+    """What to install elsewhere: the wheel that lies in this Space, if one does, as before a release; else the release."""
+    wheel, space = next(HERE.glob("*.whl"), None), os.environ.get("SPACE_ID")
+    return f"{PACKAGE} @ {ENDPOINT}/spaces/{space}/resolve/main/{wheel.name}" if wheel and space else PACKAGE
 
 
 def launch(job: BigJob, flavor: str, hours: object, token: object) -> JobInfo:
@@ -40,10 +50,7 @@ def launch(job: BigJob, flavor: str, hours: object, token: object) -> JobInfo:
     allowed = [entry.name for entry in flavors()]
     if flavor not in allowed:
         raise ValueError(f"Unknown hardware {str(flavor)[:60]!r}; allowed: {', '.join(allowed)}.")
-    command = ["uv", "run", "--no-project"]
-    for requirement in INSTALLED:
-        command += ["--with", requirement]
-    command += job.words(OUTPUT)
+    command = ["uv", "run", "--no-project", "--with", package(), "--with", TORCH, *job.words(OUTPUT)]
     with _explained():
         return HfApi(token=owner).run_job(
             image=IMAGE, command=command, flavor=flavor, secrets={"HF_TOKEN": owner}, timeout=f"{ends}h"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -23,7 +24,6 @@ from watch import EXPECTED, sentence
 
 
 LIGHT = {"concurrency_id": "estimate", "concurrency_limit": 1, **PRIVATE}
-INSTALL = "pip install 'optimum-calibprune[triton]'"
 ABOUT = """Models that do not fit into this page. Here you get the command for a machine of your own, and an estimate of what the run takes
 on one that Hugging Face rents out by the minute; from here you can start it there, too, on your own account."""
 
@@ -69,7 +69,7 @@ def big_view(root: Path, login: bool) -> None:
             typed = checked_big(*asked).command(whole("The number of GPUs", count, PROCESSES))
         except ValueError as error:
             return "", figures.message(sentence(error), "error")
-        return f"{INSTALL}\n{typed}\n", gr.skip()
+        return f"pip install {shlex.quote(jobs.package())}\n{typed}\n", gr.skip()
 
     def estimate(owner: str | None, *values: Any) -> tuple[str, Any, Any, Any]:
         *asked, given = values

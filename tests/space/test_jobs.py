@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from optimum_calibprune import ModelShape
 from optimum_calibprune.cli import PruneCommand
@@ -180,7 +181,19 @@ def test_a_job_is_started_looked_after_and_cancelled(hub: HubServer, there: Call
 def test_jobs_install_what_the_example_installs() -> None:
     head = (SPACE.parent / "examples" / "prune_job.py").read_text(encoding="utf-8")
     line = next(line for line in head.splitlines() if line.startswith("# dependencies = "))
-    assert tuple(ast.literal_eval(line.removeprefix("# dependencies = "))) == jobs.INSTALLED
+    assert ast.literal_eval(line.removeprefix("# dependencies = ")) == [jobs.PACKAGE, jobs.TORCH]
+
+
+def test_before_a_release_jobs_install_the_wheel_of_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "HERE", tmp_path)
+    monkeypatch.setenv("SPACE_ID", "owner/calibprune")
+    assert jobs.package() == "optimum-calibprune[triton]"
+    (tmp_path / "optimum_calibprune-1.0-py3-none-any.whl").touch()
+    found = Requirement(jobs.package())
+    assert (found.name, found.extras) == ("optimum-calibprune", {"triton"})
+    assert found.url.endswith("/spaces/owner/calibprune/resolve/main/optimum_calibprune-1.0-py3-none-any.whl")
+    monkeypatch.delenv("SPACE_ID")
+    assert jobs.package() == "optimum-calibprune[triton]"
 
 
 @pytest.mark.parametrize(
