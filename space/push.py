@@ -20,7 +20,13 @@ LOG_IN = ". Or log in at the top of the page, before you prune: it is loaded ane
 def push_form(visitors: Visitors, login: bool) -> None:
     gr.Markdown("## Push it to the Hub")
     with gr.Row():
-        repo = gr.Textbox(label="Repo", elem_id="repo", placeholder="you/pocket-50", max_length=96)
+        repo = gr.Textbox(
+            label="Repo",
+            elem_id="repo",
+            placeholder="you/pocket-50",
+            max_length=96,
+            info="of yours; it is made where there is none",
+        )
         token = gr.Textbox(
             label="Your token",
             elem_id="token",
