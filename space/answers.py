@@ -15,21 +15,17 @@ import zero
 from limits import ANSWER_SECONDS, Job, Question, check_size
 from optimum_calibprune import CalibPruner
 from runs import PruneRun, Run
-from watch import Watch
-
-
-STATES = ("dense", "sparse")
+from watch import STATES, Watch
 
 
 class AnswerRun(Run):
-    """Both models of a result answer; the texts of both states grow token by token."""
+    """Both models of a result answer; `texts` grow token by token."""
 
     limit = ANSWER_SECONDS
 
     def __init__(self, question: Question, result: PruneRun) -> None:
         super().__init__(result.folder)
         self.question, self._result = question, result
-        self.texts = dict.fromkeys(STATES, "")
 
     def work(self) -> None:
         assert self._result.record is not None

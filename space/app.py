@@ -64,12 +64,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing stays behind then, either
     shutil.rmtree(ROOT, ignore_errors=True)  # of a server that was killed
     on_a_space = "SPACE_ID" in os.environ  # elsewhere the button would hand out the token of whoever runs this
-    demo = build_demo(Visitors(ROOT / "visitors", ROOT / "files"), login=on_a_space)
+    visitors = Visitors(ROOT / "visitors", ROOT / "files")
+    demo = build_demo(visitors, login=on_a_space)
     try:
         demo.launch(
             theme=theme(), css_paths=HERE / "style.css", max_file_size="1kb", ssr_mode=False, footer_links=["api"]
         )
     finally:
+        visitors.close()
         shutil.rmtree(ROOT, ignore_errors=True)
 
 

@@ -39,7 +39,11 @@ def big_view(root: Path, login: bool) -> None:
                     look = gr.Button("Estimate", variant="primary")
             with gr.Column(scale=3, min_width=300):
                 command = gr.Code(
-                    language="shell", label="On a machine of your own", interactive=False, wrap_lines=True
+                    language="shell",
+                    label="On a machine of your own",
+                    lines=2,
+                    interactive=False,
+                    wrap_lines=True,
                 )
                 table = gr.HTML(figures.message("What it takes stands here."), padding=False)
         gr.Markdown("## Run it on Hugging Face Jobs")
@@ -138,9 +142,7 @@ def _form() -> tuple[list[gr.components.Component], gr.components.Component]:
 def estimate_table(model: str, shape: ModelShape, found: Sequence[Estimate]) -> str:
     """What a run takes on each hardware, as HTML."""
     rows = "".join(_row(entry) for entry in found)
-    head = "".join(
-        f"<th scope='col'>{name}</th>" for name in ("", "GPU", "needed on it", "weights", "hours", "dollars")
-    )
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("", "needed", "hours", "dollars"))
     return (
         f'<p class="cp-headline">{escape(model)}: <b>{shape.parameters / 1e9:,.1f}</b> billion parameters, '
         f"{shape.weight_bytes / 2**30:,.1f} GiB.</p>"
@@ -150,12 +152,12 @@ def estimate_table(model: str, shape: ModelShape, found: Sequence[Estimate]) -> 
 
 
 def _row(entry: Estimate) -> str:
-    where = "block by block" if entry.plan.streamed else "in memory"
+    gpu = f"{entry.flavor.gpu}, {entry.flavor.memory / 1e9:,.0f} GB"
+    where = "block by block" if entry.plan.streamed else "all at once"
     return (
-        f"<tr><th scope='row'>{escape(entry.flavor.name)}</th><td>{escape(entry.flavor.gpu)}, "
-        f"{entry.flavor.memory / 1e9:,.0f} GB</td><td>{entry.gpu_bytes / 1e9:,.0f} GB</td><td>{where}</td>"
-        f"<td>{_between(*entry.hours, '{:,.1f}')}</td>"
-        f"<td>{_between(*entry.dollars, '${:,.2f}')}</td></tr>"
+        f"<tr><th scope='row'>{escape(entry.flavor.name)}<br><small>{escape(gpu)}</small></th>"
+        f"<td>{entry.gpu_bytes / 1e9:,.0f} GB<br><small>{where}</small></td>"
+        f"<td>{_between(*entry.hours, '{:,.1f}')}</td><td>{_between(*entry.dollars, '${:,.2f}')}</td></tr>"
     )
 
 

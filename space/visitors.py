@@ -130,6 +130,11 @@ class Visitors:
                 run.stop()
                 run.remove()
 
+    def close(self) -> None:
+        """All leave, as the server ends."""
+        for key in list(self._visitors):
+            self.leave(key)
+
     def _forget_old(self) -> None:
         """Those who have not come back for long, and of the others who have a result all but the latest."""
         limit = time.monotonic() - KEPT_SECONDS

@@ -11,6 +11,7 @@ from typing import Any
 
 
 STAGES = ("load", "read", "measure", "measure dense", "prune", "measure sparse", "save")
+STATES = ("dense", "sparse")  # of a model
 EXPECTED = (ValueError, OSError, ImportError, MemoryError)  # what the package raises for a visitor to read
 PATHS = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]*")
 STOPPED = "The run was stopped; of what it had not finished, nothing is left."
@@ -23,13 +24,13 @@ class Stopped(Exception):
 
 
 class Watch:
-    """`stage`, `done`, `total` and `detail` tell where a run is, `plan_text` what it does, `texts` what its models have said."""
+    """`stage`, `done`, `total` and `detail` tell where a run is, `plan_text` what it does, `texts` what both models have said."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.stage, self.done, self.total, self.detail = STAGES[0], 0, 0, ""
         self.plan_text = ""
-        self.texts: dict[str, str] = {}
+        self.texts = dict.fromkeys(STATES, "")
         self._stop = threading.Event()
         self.restart_clock()
 

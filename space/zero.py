@@ -5,9 +5,9 @@ as many seconds as were asked for; elsewhere the same function runs in this proc
 from __future__ import annotations
 
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +76,24 @@ def _on_gpu(
 ) -> Iterator[tuple[str, Any]]:
     """What is seen of the task, time and again; at last what it returned, or why it failed. All of it goes between processes."""
     watch = Watch(limit)
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(task, watch, *given)
-        try:
-            while not wait([future], EVERY).done:
-                yield "seen", watch.seen
-        finally:
-            watch.end()
-    yield "seen", watch.seen
+    ended: list[tuple[str, Any]] = []
+    thread = threading.Thread(target=lambda: ended.append(_end_of(task, watch, given)), name="task", daemon=True)
+    thread.start()
     try:
-        yield "returned", future.result()
+        while thread.is_alive():
+            thread.join(EVERY)
+            yield "seen", watch.seen
+    finally:
+        watch.end()
+        thread.join()
+    yield ended[0]
+
+
+def _end_of(task: Callable[..., Any], watch: Watch, given: tuple[Any, ...]) -> tuple[str, Any]:
+    try:
+        return "returned", task(watch, *given)
     except (Stopped, *EXPECTED) as error:
-        yield "failed", sentence(error)
+        return "failed", sentence(error)
     except Exception:
         traceback.print_exc()
-        yield "failed", UNEXPECTED
+        return "failed", UNEXPECTED

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from optimum_calibprune import pocket
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
+import answers
+import zero
 from answers import AnswerRun, encode
 from limits import Job, Question
 from visitors import Visitors
@@ -55,6 +58,17 @@ def test_both_answer_as_their_models_do_and_leave_no_model_behind(visitors: Visi
         assert run.texts[state] == tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert run.texts["dense"].startswith(" Ottawa")
     assert run.texts["dense"] != run.texts["sparse"]
+
+
+def test_there_are_two_texts_while_the_models_are_loaded(visitors: Visitors, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = answers._load
+    monkeypatch.setattr(answers, "_load", lambda *given: time.sleep(2 * zero.EVERY) or load(*given))
+    run = visitors.answer("one", Question(PROMPT, 8))
+    looks = []
+    while run.wait(zero.EVERY):
+        looks.append(run.texts)
+    assert looks[0] == {"dense": "", "sparse": ""}
+    assert all(run.texts.values())
 
 
 def test_answers_stop_when_asked_to_and_in_time(visitors: Visitors, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,18 @@ def test_a_script_prunes_a_large_model_elsewhere(server: Server, client: gradio_
     assert len(server.hub.jobs) == 1
 
 
+def test_a_server_ends_in_the_middle_of_a_run_and_leaves_nothing(tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        running = connect(server).submit(mix="igsp", api_name="/prune")
+        until = time.monotonic() + 60
+        while not server.visitors and time.monotonic() < until:
+            time.sleep(0.1)
+        assert server.visitors
+        server.process.terminate()
+        server.process.wait(20)
+        assert running.exception(20) is not None
+
+
 def test_a_stranger_sees_nothing_of_another(server: Server, client: gradio_client.Client) -> None:
     server.wait_for_no_visitors()
     client.predict(**QUICK, api_name="/prune")
