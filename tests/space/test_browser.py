@@ -181,15 +181,15 @@ def wait_for_choices(page: playwright.Page, *names: str) -> None:
 
 
 def test_models_of_the_hub_are_found_by_a_part_of_their_name(server: Server, visit: Callable) -> None:
-    for name in ("owner/tiny-story", "owner/other"):
+    for name in ("owner/other", "owner/tiny-story"):
         server.hub.add_repo(name, model_files())
     page = visit()
     field = page.locator("#model input")
     field.focus()
     page.keyboard.type("own")
-    wait_for_choices(page, "pocket", "owner/tiny-story", "owner/other")
+    wait_for_choices(page, "pocket", "owner/other", "owner/tiny-story")
     page.keyboard.type("er/t")
-    wait_for_choices(page, "pocket", "owner/tiny-story")  # the list got shorter while it was open
+    wait_for_choices(page, "pocket", "owner/tiny-story")  # the list, while it was open, lost all before its last
     shoot(page, "search-light")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
@@ -212,6 +212,13 @@ def test_models_of_the_hub_are_found_by_a_part_of_their_name(server: Server, vis
     server.hub.forget_faults()
     field.fill("x" * 2**20)
     page.keyboard.press("x")
+    turn_to(page, "Compare mixes")
+    page.locator("#compare-model input").focus()
+    page.keyboard.type("oth")
+    page.get_by_role("option", name="owner/other").click()
+    mixes = page.locator("#mixes")
+    playwright.expect(mixes).not_to_contain_text("thealgorithms")  # a source for the pocket alone
+    playwright.expect(mixes).to_contain_text("gsm8k: math alone")
     turn_to(page, "Big models")
     page.locator("#big-model input").focus()
     page.keyboard.type("oth")

@@ -10,6 +10,7 @@ import yaml
 
 from optimum_calibprune import pocket
 from tests.hub_server import OWNER, STRANGER_TOKEN, TOKEN
+from tests.space import large
 from tests.space.browsing import A_RUN, SOON, ask_for_little, button, opened, playwright
 from tests.space.server import SPACE, Server, serve
 
@@ -48,6 +49,14 @@ def visit(server: Server, browser: playwright.Browser) -> playwright.Page:
     return page
 
 
+def visit_logged_in(server: Server, browser: playwright.Browser) -> playwright.Page:
+    page = visit(server, browser)
+    log_in(page).click()
+    button(page, f"Authorize as {OWNER}").click(timeout=SOON)
+    log_out(page).wait_for(timeout=SOON)
+    return page
+
+
 def log_in(page: playwright.Page) -> playwright.Locator:
     return page.locator("#login", has_text="Sign in with Hugging Face")
 
@@ -64,12 +73,9 @@ def prune_a_little(page: playwright.Page) -> None:
 
 def test_visitors_log_in_push_in_their_own_name_and_log_out(server: Server, browser: playwright.Browser) -> None:
     hub = server.hub
-    page = visit(server, browser)
-    log_in(page).click()
-    button(page, f"Authorize as {OWNER}").click(timeout=SOON)
-    log_out(page).wait_for(timeout=SOON)
+    page = visit_logged_in(server, browser)
     assert page.url.startswith(server.url)
-    assert hub.provider.scopes == [["openid", "profile", "contribute-repos", "jobs"]]
+    assert hub.provider.scopes[-1] == ["openid", "profile", "contribute-repos", "jobs"]
     assert hub.provider.codes == {}, "the one code was used"
 
     stranger = visit(server, browser)  # to whom that login means nothing
@@ -77,7 +83,7 @@ def test_visitors_log_in_push_in_their_own_name_and_log_out(server: Server, brow
     stranger.locator("#repo textarea").fill("me/of-nobody")
     button(stranger, "Push").click()
     stranger.get_by_text("Log in, or give a token of yours that may write").wait_for(timeout=SOON)
-    assert hub.repos == {}
+    assert ("model", "me/of-nobody") not in hub.repos
 
     prune_a_little(page)
     page.locator("#repo textarea").fill("me/pocket-50")
@@ -93,11 +99,26 @@ def test_visitors_log_in_push_in_their_own_name_and_log_out(server: Server, brow
     page.locator("#repo textarea").fill("me/after-logging-out")
     button(page, "Push").click()
     page.get_by_text("Log in, or give a token of yours that may write").wait_for(timeout=SOON)
-    assert list(hub.repos) == [("model", "me/pocket-50")]
+    assert ("model", "me/after-logging-out") not in hub.repos
+
+
+def test_a_visitor_who_has_logged_in_starts_jobs_of_their_own(server: Server, browser: playwright.Browser) -> None:
+    server.hub.add_repo("owner/large", {"config.json": large.config().encode()})
+    page = visit_logged_in(server, browser)
+    page.get_by_role("tab", name="Big models").click()
+    page.locator("#big-model input").fill("owner/large")
+    page.locator("#big-repo textarea").fill("me/large-50")
+    button(page, "Estimate").click()
+    page.get_by_text("billion parameters").wait_for(timeout=SOON)
+    button(page, "Start the job").click()
+    page.get_by_text("The job is started").wait_for(timeout=SOON)
+    [job] = server.hub.jobs.values()
+    assert job["owner"]["name"] == OWNER
+    assert job["secrets"] == {"HF_TOKEN": TOKEN}
 
 
 def test_the_token_of_the_space_opens_no_door(server: Server, browser: playwright.Browser) -> None:
-    """Neither in the test before."""
+    """Neither in the tests before."""
     files = {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()}
     server.hub.add_repo("owner/tiny", files)
     page = visit(server, browser)
