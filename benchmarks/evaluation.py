@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long an evaluation takes, beside stock lm-eval in the same run: the pocket's probes and 500 items of HellaSwag.
+"""How long an evaluation takes, beside stock lm-eval in the same run: the pocket's probes, 500 items of HellaSwag, 40 each of
+GSM8K and MBPP.
 
     python benchmarks/evaluation.py --task-data DIR [--threads 2] [--repeats 3]
 
-DIR holds `hellaswag.jsonl` or `hellaswag_val.jsonl`. Both answer the same requests of the same tasks with the pocket model, in
-turn; stock lm-eval with the batch size, of those tried, at which it is fastest. What is timed is the asking and scoring, not
-the loading. Every score is compared. Writes `benchmarks/results/evaluation.json`.
+DIR holds `hellaswag.jsonl` or `hellaswag_val.jsonl`, and likewise `gsm8k` and `mbpp`. Both answer the same requests of the same
+tasks with the pocket model, in turn; stock lm-eval with the batch size, of those tried, at which it is fastest. What is timed is
+the asking and scoring, not the loading. Every score is compared. MBPP has one example in its prompts: with three the pocket's
+context would cut off their beginning, as it does with GSM8K's. Writes `benchmarks/results/evaluation.json`.
 """
 
 from __future__ import annotations
@@ -85,6 +87,8 @@ def main() -> None:
     suites = {
         "pocket": pocket_tasks(CAPABILITIES),
         "500 of hellaswag": [replace(BENCHMARKS["hellaswag"], limit=500, data=given.task_data)],
+        "40 of gsm8k": [replace(BENCHMARKS["gsm8k"], limit=40, data=given.task_data)],
+        "40 of mbpp": [replace(BENCHMARKS["mbpp"], limit=40, shots=1, data=given.task_data)],
     }
     results = {}
     for name, tasks in suites.items():

@@ -12,6 +12,7 @@ from .calibration.choose import Choice
 from .capabilities import contamination, store
 from .capabilities import perplexity as perplexities
 from .capabilities.harness import Loaded
+from .capabilities.identity import fingerprint_of
 from .capabilities.metrics import name_of
 from .capabilities.score import Prepared, measure, prepare
 from .choices import LENGTH, choose_perplexity_text, choose_tasks
@@ -69,6 +70,10 @@ class Measuring:
     def metrics(self) -> dict[str, str]:
         """The names of the metrics that the user gave, by task."""
         return {task: name_of(metric) for task, metric in self._metrics.items()}
+
+    def metric_fingerprints(self) -> dict[str, str | None]:
+        """What tells them from others of the same name, by task; None where nothing does."""
+        return {task: fingerprint_of(metric) for task, metric in self._metrics.items()}
 
     @property
     def repos(self) -> dict[str, str]:

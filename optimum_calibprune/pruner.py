@@ -334,10 +334,13 @@ class CalibPruner:
             "sources": {entry.source.name: fingerprint(entry) for entry in self._sources},
             "streamed": self.streamed,
             "metrics": self._measuring.metrics,
+            "metric_fingerprints": self._measuring.metric_fingerprints(),
         }
 
     def _scores(self, which: str, on_progress: Progress | None) -> Scores:
         shown = _stage(on_progress, f"measure {which}")
+        if None in self._measuring.metric_fingerprints().values():  # the next run could not tell whose scores they are
+            return self._ranks.once(lambda: self._measuring.scores(shown))
         return self._kept(f"{which}-scores", Scores, lambda: self._measuring.scores(shown))
 
     def _perplexity(self, which: str, text: Text | None, on_progress: Progress | None) -> PerplexityReport:

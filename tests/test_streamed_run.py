@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,59 @@ def test_another_metric_does_not_go_on(tmp_path: Path) -> None:
         pruner = opened(metrics=metrics, **options)
         with pytest.raises(ValueError, match=f'metrics.pocket_math was "max" and is {now}'):
             pruner.prune(work_dir=tmp_path / "work", resume=True)
+
+
+def metric_of(value: float) -> Callable[..., float]:
+    def metric(predictions: list[str], references: list[str]) -> float:
+        return value
+
+    return metric
+
+
+class Scorer:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, predictions: list[str], references: list[str]) -> float:
+        return self.value
+
+
+def stopped_after_its_dense_scores(metric: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a run that has measured the dense model by a metric, and was stopped then. Nothing is asked: these
+    metrics do not look at the answers."""
+    monkeypatch.setattr(score, "ask", lambda engine, requests: [""] * len(requests))
+
+    def stop(done: int, total: int, stage: str) -> None:
+        if stage.startswith("prune"):
+            raise Cancelled
+
+    options = {"stream": False, "capabilities": "math"}
+    with pytest.raises(Cancelled):
+        opened(metrics={"pocket_math": metric}, **options).prune(work_dir=folder, on_progress=stop)
+    return options
+
+
+def test_a_metric_of_the_same_name_that_does_something_else_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = stopped_after_its_dense_scores(metric_of(0.25), tmp_path / "work", monkeypatch)
+    with pytest.raises(ValueError, match=r"metric_fingerprints\.pocket_math was "):
+        opened(metrics={"pocket_math": metric_of(0.5)}, **options).prune(work_dir=tmp_path / "work", resume=True)
+    pruner = opened(metrics={"pocket_math": metric_of(0.25)}, **options)
+    scores, measured = pruner._measuring.scores, []
+    pruner._measuring.scores = lambda shown: measured.append(1) or scores(shown)
+    pruner.prune(work_dir=tmp_path / "work", resume=True)
+    assert measured == [1], "the scores of the dense model were there"
+    assert [pruner.scores[state].tasks[0].value for state in ("dense", "sparse")] == [0.25, 0.25]
+
+
+def test_scores_by_a_metric_that_cannot_be_told_from_others_are_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = stopped_after_its_dense_scores(Scorer(0.25), tmp_path / "work", monkeypatch)
+    pruner = opened(metrics={"pocket_math": Scorer(0.5)}, **options)
+    pruner.prune(work_dir=tmp_path / "work", resume=True)
+    assert [pruner.scores[state].tasks[0].value for state in ("dense", "sparse")] == [0.5, 0.5]
 
 
 def test_another_text_for_perplexity_does_not_go_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def continue_rows(
     limits: Sequence[int],
     draw: Callable[[Tensor, Tensor, int], Tensor],
     finished: Callable[[list[int]], bool],
+    begun: tuple[Cache, int] | None = None,
 ) -> list[list[int]]:
     """What follows each prompt, as one batch with a key-value cache, which rows leave when they are finished: a step costs
     what the texts still being written cost.
@@ -160,6 +161,7 @@ def continue_rows(
         draw: fp32 logits `[rows, vocabulary]`, the ids so far `[rows, tokens]` and the number of the step, from 0 on ->
             the next tokens `[rows]`.
         finished: whether a text, of one token or more, is complete.
+        begun: the cache of tokens that stand before every prompt, a row each, and how many they are.
     """
     import torch
     from transformers import DynamicCache
@@ -167,8 +169,9 @@ def continue_rows(
     device = model.get_input_embeddings().weight.device
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache, text = DynamicCache(config=model.config), ids
+    cache, before = begun or (DynamicCache(config=model.config), 0)
+    mask = torch.tensor([[1] * before + [0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    text = ids
     kept = {"past_key_values" if "past_key_values" in _parameters(model) else "cache_params": cache}  # Mamba's name
     live = list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]

@@ -27,11 +27,7 @@ def by_beginning(prompts: list[Tokens]) -> list[tuple[int, list[Tokens]]]:
     joins a part that would share half as much with it."""
     groups: list[tuple[int, list[Tokens]]] = []
     for prompt in prompts:
-        common = 0
-        if groups:
-            first = groups[-1][1][0]
-            common = next((i for i, (a, b) in enumerate(zip(first, prompt, strict=False)) if a != b), len(first))
-            common = min(common, groups[-1][0], len(prompt) - 1)
+        common = min(_common(groups[-1][1][0], prompt), groups[-1][0]) if groups else 0
         if groups and common >= max(SHARED_TOKENS, groups[-1][0] // 2):
             groups[-1][1].append(prompt)
             groups[-1] = (common, groups[-1][1])
@@ -39,3 +35,15 @@ def by_beginning(prompts: list[Tokens]) -> list[tuple[int, list[Tokens]]]:
             groups.append((len(prompt) - 1, [prompt]))
     alone = [group[0] for _, group in groups if len(group) == 1]
     return ([(0, alone)] if alone else []) + [(common, group) for common, group in groups if len(group) > 1]
+
+
+def shared_beginning(prompts: Sequence[Tokens]) -> int:
+    """How many tokens all prompts begin with; 0 where they are too few."""
+    common = min(_common(prompts[0], prompt) for prompt in prompts)
+    return common if common >= SHARED_TOKENS else 0
+
+
+def _common(first: Tokens, second: Tokens) -> int:
+    """How many tokens two prompts begin with; each keeps one of its own."""
+    alike = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
+    return min(alike, len(first) - 1, len(second) - 1)

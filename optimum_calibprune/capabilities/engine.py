@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..calibration.writer import continue_rows, end_tokens, places
-from .batches import Tokens, by_beginning, of_similar_length
+from .batches import Tokens, by_beginning, of_similar_length, shared_beginning
 
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Engine(HFLM):
 
     Log-likelihoods: prompts of similar length go through the model together, from the cache of the tokens that they begin
     with, and their choices continue from theirs; where a state carries the text on (Mamba, Qwen3-Next), prompt and choice
-    are computed in one go. Texts: greedy, in batches that are padded on the left. The longest come first. A batch that
-    does not fit into GPU memory is halved, and so are those after it.
+    are computed in one go. Texts: greedy, in batches that are padded on the left, from the cache of the tokens that a whole
+    batch begins with. The longest come first. A batch that does not fit into GPU memory is halved, and so are those after it.
 
     Attributes:
         on_answers: called with (done, total) after each batch, where a total is what one call is asked for.
@@ -258,9 +258,14 @@ class Engine(HFLM):
             end = self.tokenizer.decode(text[-window:])
             return text[-1] in self._ends or any(stop in end for stop in until)
 
+        shared = shared_beginning(prompts) if self._continues and self._shares else 0
+        beginning = self._cache_of(prompts[0][:shared])
+        if beginning is not None:
+            beginning.reorder_cache(self._tensor([0] * len(prompts)))
         texts = continue_rows(
             self.model,
-            prompts,
+            [prompt[shared:] for prompt in prompts],
+            begun=(beginning, shared) if shared else None,
             limits=[limit] * len(prompts),
             draw=lambda logits, text, step: logits.argmax(dim=-1),
             finished=finished,

@@ -34,7 +34,7 @@ MATH = "it needs lm-eval's packages for mathematics: pip install 'optimum-calibp
 class Loaded:
     """A benchmark with its data. `parts` are tasks of lm-eval, one or, of MMLU, one a subject; `data` says where the items
     are from; `drawn` names the indices of the items that are asked, by part. `settled` is False after scores in which a
-    program ran out of time, since it may do better next time."""
+    program ran out of wall-clock time, which depends on what else the machine does."""
 
     benchmark: Benchmark
     parts: list[ConfigurableTask]

@@ -14,15 +14,32 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 
-# Lets a busy machine start and clean up; the supervisor itself enforces the program's own limit.
+# Lets a busy machine start and clean up; the supervisor itself enforces the program's own limits.
 _GRACE_SECONDS = 20.0
-_MEMORY_BYTES = 512 * 2**20
 Job = tuple[str, str]  # a program and its tests
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program and its tests may use up.
+
+    Args:
+        processor_seconds: Processor time of both and of all that they start, which hardly depends on what else runs.
+        wall_seconds: Ends those that wait, for each other or for nothing.
+        memory_bytes: Address space of each process.
+    """
+
+    processor_seconds: float = 5.0
+    wall_seconds: float = 30.0
+    memory_bytes: int = 512 * 2**20
+
+
+DEFAULT_LIMITS = Limits()
 _PROBES = (
     f"""
 import os
@@ -33,7 +50,7 @@ except OSError:
 assert os.getuid() != 0, "still root"
 assert not os.environ and not os.listdir(), "surroundings are not empty"
 try:
-    bytearray({_MEMORY_BYTES})
+    bytearray({DEFAULT_LIMITS.memory_bytes})
 except MemoryError:
     pass
 else:
@@ -73,7 +90,7 @@ class Verdict:
 
     @property
     def settled(self) -> bool:
-        """False where the program ran out of time: it may do better next time."""
+        """False where the program ran out of wall-clock time, which depends on what else runs."""
         return self.reason != "timed out"
 
 
@@ -118,9 +135,7 @@ def isolation() -> Isolation:
     return Isolation(available=False, reason=f"generated code cannot be isolated here: {reason}")
 
 
-def check_program(
-    program: str, tests: str, *, timeout_seconds: float = 5.0, memory_bytes: int = _MEMORY_BYTES
-) -> Verdict:
+def check_program(program: str, tests: str, limits: Limits = DEFAULT_LIMITS) -> Verdict:
     """Run one generated program and its tests; it passes if the tests reach their end without an exception.
 
     A bare Python, the supervisor, forks a keeper, which forks a process for the tests and one for the program, locks both
@@ -134,40 +149,35 @@ def check_program(
     Args:
         program: Source text: prompt and completion. It is not the main module.
         tests: Source text that uses names of the program.
-        timeout_seconds: Wall-clock limit for both together.
-        memory_bytes: Limit on the address space of each process.
+        limits: What ends them before their end.
 
     Raises:
         SandboxUnavailable: Nothing was run, because it cannot be isolated here.
     """
-    return _judge((program, tests), timeout_seconds, memory_bytes, _available().namespaces)
+    return _judge((program, tests), limits, _available().namespaces)
 
 
 def check_programs(
-    programs: Sequence[tuple[str, str]],
-    *,
-    workers: int = 2,
-    timeout_seconds: float = 5.0,
-    memory_bytes: int = _MEMORY_BYTES,
+    programs: Sequence[tuple[str, str]], limits: Limits = DEFAULT_LIMITS, *, workers: int = 2
 ) -> list[Verdict]:
     """Check many pairs of program and tests, `workers` at a time, and return their verdicts in order; see `check_program`.
 
-    Equal pairs run once, and not again in a later call of this process, unless they ran out of time. A worker keeps one
-    supervisor; the programs that it runs one after another are isolated from each other as from all else.
+    Equal pairs run once, and not again in a later call of this process, unless they ran out of wall-clock time. A worker
+    keeps one supervisor; the programs that it runs one after another are isolated from each other as from all else.
     """
     if not programs:
         return []
-    limits = (timeout_seconds, memory_bytes, _available().namespaces)
-    verdicts = {job: _VERDICTS.recall(job, limits) for job in programs}
+    way = (limits, _available().namespaces)
+    verdicts = {job: _VERDICTS.recall(job, way) for job in programs}
     waiting = deque(job for job, verdict in verdicts.items() if verdict is None)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            started = [pool.submit(_judge_all, waiting, *limits) for _ in range(min(workers, len(waiting)))]
+            started = [pool.submit(_judge_all, waiting, *way) for _ in range(min(workers, len(waiting)))]
             for worker in started:
                 verdicts |= worker.result()
         finally:
             waiting.clear()  # after Ctrl-C, or where one worker cannot isolate its program
-    _VERDICTS.keep(verdicts, limits)
+    _VERDICTS.keep(verdicts, way)
     return [verdicts[job] for job in programs]
 
 
@@ -179,20 +189,20 @@ def _available() -> Isolation:
 
 
 class _Verdicts:
-    """The verdicts of this process, the latest used of them; a program that ran out of time may do better next time."""
+    """The verdicts of this process, the latest used of them, if they are settled."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._verdicts: dict[tuple[Job, tuple], Verdict] = {}  # the last used come last
+        self._verdicts: dict[tuple[Job, tuple[Limits, bool]], Verdict] = {}  # the last used come last
 
-    def recall(self, job: Job, limits: tuple) -> Verdict | None:
-        return self._verdicts.get((job, limits))
+    def recall(self, job: Job, way: tuple[Limits, bool]) -> Verdict | None:
+        return self._verdicts.get((job, way))
 
-    def keep(self, verdicts: dict[Job, Verdict], limits: tuple) -> None:
+    def keep(self, verdicts: dict[Job, Verdict], way: tuple[Limits, bool]) -> None:
         for job, verdict in verdicts.items():
-            self._verdicts.pop((job, limits), None)
+            self._verdicts.pop((job, way), None)
             if verdict.settled:
-                self._verdicts[job, limits] = verdict
+                self._verdicts[job, way] = verdict
         for key in list(self._verdicts)[: -self._size]:
             self._verdicts.pop(key, None)
 
@@ -204,7 +214,7 @@ def _probe(*, namespaces: bool) -> Isolation:
     """Try what the programs must not manage, locked up in one of the two ways."""
     try:
         with (
-            _Supervisor(_GRACE_SECONDS, _MEMORY_BYTES, namespaces) as supervisor,
+            _Supervisor(DEFAULT_LIMITS, namespaces) as supervisor,
             socket.create_server(("127.0.0.1", 0)) as server,
         ):
             for probe in _PROBES:
@@ -216,16 +226,16 @@ def _probe(*, namespaces: bool) -> Isolation:
     return Isolation(available=True, namespaces=namespaces)
 
 
-def _judge(job: Job, seconds: float, memory: int, namespaces: bool) -> Verdict:
+def _judge(job: Job, limits: Limits, namespaces: bool) -> Verdict:
     """Judge one program with a supervisor of its own."""
-    with _Supervisor(seconds, memory, namespaces) as supervisor:
+    with _Supervisor(limits, namespaces) as supervisor:
         return supervisor.judge(job)
 
 
-def _judge_all(waiting: deque[Job], seconds: float, memory: int, namespaces: bool) -> dict[Job, Verdict]:
+def _judge_all(waiting: deque[Job], limits: Limits, namespaces: bool) -> dict[Job, Verdict]:
     """Judge programs, with one supervisor, until none is waiting."""
     verdicts = {}
-    with _Supervisor(seconds, memory, namespaces) as supervisor:
+    with _Supervisor(limits, namespaces) as supervisor:
         while True:
             try:
                 job = waiting.popleft()
@@ -237,9 +247,9 @@ def _judge_all(waiting: deque[Job], seconds: float, memory: int, namespaces: boo
 class _Supervisor:
     """A bare Python that judges one program after another; it starts with the first one, and again where it ended."""
 
-    def __init__(self, seconds: float, memory: int, namespaces: bool) -> None:
-        self._seconds = seconds
-        self._arguments = [str(seconds), str(memory), str(int(namespaces)), str(os.getpid())]
+    def __init__(self, limits: Limits, namespaces: bool) -> None:
+        self._seconds = limits.wall_seconds + _GRACE_SECONDS
+        self._arguments = [*map(str, astuple(limits)), str(int(namespaces)), str(os.getpid())]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> _Supervisor:
@@ -258,8 +268,8 @@ class _Supervisor:
             passed, elapsed, reason = answer.split(" ", 2)
             return Verdict(passed=passed == "1", reason=reason, seconds=float(elapsed))
         self._end()
-        if time.monotonic() - start >= self._seconds + _GRACE_SECONDS:
-            return Verdict(passed=False, reason="timed out", seconds=self._seconds + _GRACE_SECONDS)
+        if time.monotonic() - start >= self._seconds:
+            return Verdict(passed=False, reason="timed out", seconds=self._seconds)
         if fresh:
             raise SandboxUnavailable(answer.removeprefix("! "))
         return self.judge(job)  # no program pays for what happened before it
@@ -269,7 +279,7 @@ class _Supervisor:
         if self._process is None:
             self._process = self._start()
         process = self._process
-        limit = threading.Timer(self._seconds + _GRACE_SECONDS, process.kill)
+        limit = threading.Timer(self._seconds, process.kill)
         limit.start()
         try:
             program, tests = (text.encode("utf-8", "surrogatepass") for text in job)

@@ -43,7 +43,7 @@ class Probes:
         self.task = task
         self.name, self.capability, self.shots, self.data = task.name, task.capability, 0, task.path.name
         self.runs_code = task.runs_code
-        self.settled = True  # False after scores in which a program ran out of time
+        self.settled = True  # False after scores in which a program ran out of wall-clock time
         self._part = TaskManager(include_defaults=False).load([lm_eval_config(task)])["tasks"][task.name]
         self._part.build_all_requests()
 

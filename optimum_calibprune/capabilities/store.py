@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCORING = 2  # grows when the same answers of a model are scored in another way, or more is kept of them
+SCORING = 3  # grows when the same answers of a model are scored in another way, or more is kept of them
 
 
 def of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str | None = None) -> str:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Locks up and watches generated programs; `sandbox.py` runs this file as a bare Python that imports nothing of ours.
 
-Arguments: seconds, bytes of memory, 1 for namespaces or 0, the process that starts this one. Programs with their tests come on
-standard input, one after another, and for each an answer goes to standard output. Every program gets a keeper of its own: a
-fork of this process that leaves for fresh namespaces or picks a spare user, forks the process that runs the tests and one that
-runs the program, locks both up, and kills all that they have started. So programs share nothing but the start of Python.
+Arguments: seconds of processor time, seconds by the clock, bytes of memory, 1 for namespaces or 0, the process that starts this
+one. Programs with their tests come on standard input, one after another, and for each an answer goes to standard output. Every
+program gets a keeper of its own: a fork of this process that leaves for fresh namespaces or picks a spare user, forks the process
+that runs the tests and one that runs the program, locks both up, watches what time they use, and kills all that they have
+started. So programs share nothing but the start of Python.
 Tests and program talk as `remote.py` says. Constants carry their names of the Linux headers in comments; the system calls
 without a C wrapper have the same number on every architecture.
 """
@@ -25,6 +26,8 @@ from types import ModuleType
 
 REPORT, CHANNEL = 3, 4  # file descriptors of a process that is locked up
 LOCKED_UP = b"locked up"
+MEMORY, PROCESSOR, WALL = b"out of memory", b"out of processor time", b"timed out"  # which limit ended a program
+PROCESSES = 8  # of a program and its tests, threads too
 
 
 def _beside(name: str) -> ModuleType:
@@ -139,8 +142,8 @@ def _limit_resources(seconds: float, memory: int) -> None:
 
     limits = {
         resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: int(seconds) + 2,
-        resource.RLIMIT_NPROC: 8,
+        resource.RLIMIT_CPU: int(seconds) + 2,  # should the keeper see nothing of it
+        resource.RLIMIT_NPROC: PROCESSES,
         resource.RLIMIT_NOFILE: 32,
         resource.RLIMIT_FSIZE: 2**20,
         resource.RLIMIT_CORE: 0,
@@ -221,7 +224,7 @@ def _run_tests(tests: bytes) -> None:
         # No secret comes from a keeper that died before this process could ask to die with it.
         os.write(3, (os.read(0, 16) or os._exit(1)) + _execute(tests))
     except MemoryError:
-        os.write(3, b"out of memory")
+        os.write(3, MEMORY)
     except BaseException as error:  # SystemExit too: the tests did not reach their end
         os.write(3, f"{type(error).__name__}: {error}"[:400].encode("utf-8", "replace"))
 
@@ -263,12 +266,10 @@ def _kill_all(children: Sequence[int], uid: int, namespaces: bool) -> int:
     return status
 
 
-def _describe(message: bytes | None, status: int) -> str:
+def _describe(message: bytes, status: int) -> str:
     """Say why a program did not pass."""
-    if message is None:
-        return "timed out"
-    if message == b"out of memory":
-        return "out of memory"
+    if message in (MEMORY, PROCESSOR, WALL):
+        return message.decode()
     if message:
         return "failed: " + message[:1600].decode("utf-8", "replace")
     if os.WIFSIGNALED(status):
@@ -333,7 +334,40 @@ def _start(program: bytes, tests: bytes, limits: tuple) -> tuple[int, ...]:
     return send_secret, outcomes, serving, testing
 
 
-def _keep(program: bytes, tests: bytes, folder: str, seconds: float, memory: int, namespaces: bool) -> str:
+def _used() -> float:
+    """Seconds of processor time of all processes below this one, and of those that they have waited for."""
+    below: dict[int, list[tuple[int, int]]] = {}  # process -> its children, and their clock ticks
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{process}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()  # from the third on; a name may hold anything
+        except OSError:
+            continue  # it has just ended
+        ticks = sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
+        below.setdefault(int(fields[1]), []).append((int(process), ticks))
+    found, parents = 0, [os.getpid()]
+    while parents:
+        children = below.get(parents.pop(), [])
+        found += sum(ticks for _, ticks in children)
+        parents += [child for child, _ in children]
+    return found / os.sysconf("SC_CLK_TCK")
+
+
+def _outcome(outcomes: int, seconds: float, wall: float) -> bytes:
+    """What the tests report, or which limit ends them. It is looked up when they can have used up their processor time."""
+    end, used = time.monotonic() + wall, 0.0
+    at_once = min(os.cpu_count() or PROCESSES, PROCESSES)
+    while (left := end - time.monotonic()) > 0:
+        if select.select([outcomes], [], [], min(left, max((seconds - used) / at_once, 0.02)))[0]:
+            return os.read(outcomes, 4096)
+        if (used := _used()) >= seconds:
+            return PROCESSOR
+    return WALL
+
+
+def _keep(
+    program: bytes, tests: bytes, folder: str, seconds: float, wall: float, memory: int, namespaces: bool
+) -> str:
     """Judge one program in a folder that is fresh, and return "passed seconds reason"."""
     uid = _spare_user()
     _prepare_keeper(folder, namespaces, uid)
@@ -341,8 +375,7 @@ def _keep(program: bytes, tests: bytes, folder: str, seconds: float, memory: int
     secret, start = os.urandom(16), time.monotonic()
     os.write(send_secret, secret)
     os.close(send_secret)
-    ready = select.select([outcomes], [], [], seconds)[0]
-    message, elapsed = os.read(outcomes, 4096) if ready else None, time.monotonic() - start
+    message, elapsed = _outcome(outcomes, seconds, wall), time.monotonic() - start
     status = _kill_all(processes, uid, namespaces)
     if not namespaces:  # there the folder is on disk, and only rm copes with a tree of any depth
         os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--", folder], {}), 0)
@@ -356,7 +389,7 @@ def _answer(text: str) -> None:
     os.write(1, b"%d\n%b" % (len(answer), answer))  # shorter than a pipe holds, so it goes as a whole
 
 
-def _serve(seconds: float, memory: int, namespaces: bool, caller: int) -> None:
+def _serve(seconds: float, wall: float, memory: int, namespaces: bool, caller: int) -> None:
     """Answer each request (a line "length length folder", the program, its tests) with "passed seconds reason", or with
     "! reason" where the program could not be isolated."""
     _live_no_longer_than(caller)
@@ -369,7 +402,7 @@ def _serve(seconds: float, memory: int, namespaces: bool, caller: int) -> None:
         if keeper == 0:
             try:
                 _live_no_longer_than(supervisor)
-                _answer(_keep(program, tests, folder, seconds, memory, namespaces))
+                _answer(_keep(program, tests, folder, seconds, wall, memory, namespaces))
             except SystemExit as error:
                 _answer(f"! {error}")
             except Exception as error:  # whatever it is, the program was not judged
@@ -382,4 +415,4 @@ def _serve(seconds: float, memory: int, namespaces: bool, caller: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4]))
+    _serve(float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1", int(sys.argv[5]))

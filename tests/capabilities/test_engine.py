@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from optimum_calibprune import pocket
 from optimum_calibprune.capabilities import batches
-from optimum_calibprune.capabilities.batches import by_beginning, of_similar_length
+from optimum_calibprune.capabilities.batches import by_beginning, of_similar_length, shared_beginning
 from optimum_calibprune.capabilities.engine import Engine
 from tests.pruning.test_families import FAMILIES
 
@@ -153,6 +153,34 @@ def test_every_family_answers_as_with_lm_eval_whatever_carries_its_text_on(
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=2e-3, rel=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert tokenizer.pad_token is None, "the caller's tokenizer is as it was"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_what_it_writes_with_lm_eval_after_a_beginning_that_is_computed_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "SHARED_TOKENS", 3)
+    model = tiny(family)
+    engine = Engine(model, words())
+    computed: list[int] = []
+    cache_of = engine._cache_of
+    monkeypatch.setattr(engine, "_cache_of", lambda tokens: computed.append(len(tokens)) or cache_of(tokens))
+    theirs = HFLM(pretrained=model, tokenizer=words(), batch_size=1, device="cpu")
+    rests = ["w7", "w9 w2 w20", "w1 w1 w2 w30 w7 w8", "w9 w2 w21 w4"]
+    asked = requests(
+        "generate_until", [(f"w3 w4 w5 w6 {rest}", {"until": ["w9"], "max_gen_toks": 6}) for rest in rests]
+    )
+    texts = engine.generate_until(asked)
+    assert texts == theirs.generate_until(asked, disable_tqdm=True)
+    assert any(texts)
+    assert computed == [4 if engine._continues and engine._shares else 0]
+
+
+def test_a_batch_shares_what_all_of_it_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "SHARED_TOKENS", 3)
+    assert shared_beginning([(1, 2, 3, 4, 5), (1, 2, 3, 9), (1, 2, 3, 4)]) == 3
+    assert shared_beginning([(1, 2, 3, 4), (1, 2, 3)]) == 0, "each keeps a token of its own"
+    assert shared_beginning([(1, 2, 3, 4), (1, 2, 4, 4)]) == 0
 
 
 def test_prompts_are_parted_by_what_they_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:

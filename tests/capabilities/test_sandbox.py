@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attacks on the sandbox, each tried in every way of isolation that this machine has."""
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 from optimum_calibprune.capabilities import sandbox, supervisor
 from optimum_calibprune.capabilities.sandbox import (
     Isolation,
+    Limits,
     SandboxUnavailable,
     Verdict,
     check_program,
@@ -43,7 +46,7 @@ def denied(statement: str, error: str = "OSError") -> str:
 def processes_with(mark: str) -> list[str]:
     """Live processes that carry the mark as an argument, as every process of a run carries its memory limit."""
     found = []
-    for folder in filter(str.isdigit, os.listdir("/proc")):
+    for folder in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
         try:
             if mark.encode() in Path("/proc", folder, "cmdline").read_bytes().split(b"\0"):
                 found.append(folder)
@@ -60,11 +63,11 @@ def wait_until_gone(mark: str) -> bool:
 
 
 def run_program(program: str, **limits: float) -> Verdict:
-    return check_program(program, "", **limits)
+    return check_program(program, "", Limits(**limits))
 
 
-def run_programs(programs: list[str], **limits: float) -> list[Verdict]:
-    return check_programs([(program, "") for program in programs], **limits)
+def run_programs(programs: list[str], workers: int = 2, **limits: float) -> list[Verdict]:
+    return check_programs([(program, "") for program in programs], Limits(**limits), workers=workers)
 
 
 def test_this_machine_says_what_it_can_do() -> None:
@@ -141,6 +144,7 @@ def test_a_correct_program_passes(level: Isolation) -> None:
         ("import os; os._exit(0)", "failed: EOFError: the program ended before its tests did"),
         ("import os; os.closerange(0, 32); os._exit(0)", "failed: EOFError: "),
         ("import os; os.abort()", "failed: EOFError: "),
+        ("print(input()) or input()", "failed: EOFError: EOF when reading a line"),
         ("class E(Exception):\n    def __str__(self): raise E\nraise E", "failed: EOFError: "),
         ("raise Exception('long ' * 10**6)", "failed: Exception: long"),
     ],
@@ -152,13 +156,65 @@ def test_a_program_that_does_not_reach_its_end_fails(level: Isolation, program: 
     assert len(verdict.reason) < 2000
 
 
-@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "print(input()) or input()"])
-def test_a_program_ends_in_time(level: Isolation, program: str) -> None:
-    start = time.monotonic()
-    verdict = run_program(program, timeout_seconds=0.5)
-    assert not verdict.passed
-    assert verdict.reason in ("timed out", "failed: EOFError: EOF when reading a line")
-    assert time.monotonic() - start < 5
+def test_a_busy_program_ends_at_the_limit_of_processor_time(level: Isolation) -> None:
+    verdict = run_program("while True: pass", processor_seconds=0.3, wall_seconds=60)
+    assert (verdict.passed, verdict.reason, verdict.settled) == (False, "out of processor time", True)
+
+
+def test_a_program_that_sleeps_ends_at_the_limit_of_wall_time(level: Isolation) -> None:
+    verdict = run_program("import time\ntime.sleep(60)", processor_seconds=60, wall_seconds=0.3)
+    assert (verdict.passed, verdict.reason, verdict.settled) == (False, "timed out", False)
+    assert 0.3 <= verdict.seconds < 30
+
+
+def test_a_program_passes_that_waits_longer_than_its_processor_time(level: Isolation) -> None:
+    verdict = run_program("import time\ntime.sleep(0.6)", processor_seconds=0.3)
+    assert verdict.passed, verdict.reason
+    assert verdict.seconds > 0.6
+
+
+def test_a_program_passes_that_a_busy_machine_slows(level: Isolation) -> None:
+    """The machine is made busy by stopping program and tests for most of the time."""
+    verdicts: list[Verdict] = []
+    program = "import time\nwhile time.process_time() < 0.2:\n    pass"
+    limits = {"processor_seconds": 0.6, "memory_bytes": MEMORY}
+    run = threading.Thread(target=lambda: verdicts.append(run_program(program, **limits)))
+    run.start()
+    while run.is_alive():
+        slowed = processes_with(str(MEMORY))[2:]  # after supervisor and keeper
+        for sent, seconds in ((signal.SIGSTOP, 0.1 if slowed else 0), (signal.SIGCONT, 0.02)):
+            for process in slowed:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), sent)
+            time.sleep(seconds)
+    run.join()
+    assert verdicts[0].passed, verdicts[0].reason
+    assert verdicts[0].seconds > 0.6
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "[child() for _ in range(4)]",
+        "for _ in range(4):\n    os.waitpid(child(), 0)",
+        "for _ in range(4):\n    if os.fork() == 0:\n        child()\n        os._exit(0)\n    os.wait()",
+    ],
+    ids=["side by side", "one after another", "orphans"],
+)
+def test_processor_time_is_that_of_all_processes(level: Isolation, program: str) -> None:
+    """Each of four children uses a third of the limit."""
+    child = "import os, time\ndef child():\n    if process := os.fork():\n        return process\n"
+    child += "    while time.process_time() < 0.2:\n        pass\n    os._exit(0)\n"
+    verdict = run_program(f"{child}{program}\ntime.sleep(60)", processor_seconds=0.6)
+    assert verdict.reason == "out of processor time"
+
+
+def test_children_whose_time_nobody_is_told_end_at_the_limit_of_wall_time(level: Isolation) -> None:
+    program = "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True:\n"
+    program += "    if os.fork() == 0:\n        sum(range(10**5))\n        os._exit(0)\n    time.sleep(0.01)"
+    verdict = run_program(program, processor_seconds=1.0, wall_seconds=0.7, memory_bytes=MEMORY)
+    assert verdict.reason in ("timed out", "failed: BlockingIOError: [Errno 11] Resource temporarily unavailable")
+    assert wait_until_gone(str(MEMORY))
 
 
 def test_signals_do_not_hold_off_the_end(level: Isolation) -> None:
@@ -172,7 +228,7 @@ for number in signal.valid_signals():
 while True:
     pass
 """
-    assert run_program(program, timeout_seconds=0.5).reason == "timed out"
+    assert run_program(program, processor_seconds=0.3).reason == "out of processor time"
 
 
 @pytest.mark.parametrize("program", ["x = bytearray(10**10)", "x = []\nwhile True: x.append(bytearray(10**6))"])
@@ -183,7 +239,7 @@ def test_a_memory_bomb_runs_out_of_memory(level: Isolation, program: str) -> Non
 
 @pytest.mark.parametrize("descriptor", [1, 2, 3])
 def test_endless_output_goes_nowhere(level: Isolation, descriptor: int) -> None:
-    verdict = run_program(f"import os\nwhile True: os.write({descriptor}, bytes(65536))", timeout_seconds=0.5)
+    verdict = run_program(f"import os\nwhile True: os.write({descriptor}, bytes(65536))", wall_seconds=0.5)
     assert not verdict.passed
     assert len(verdict.reason) < 2000
     assert verdict.seconds < 1
@@ -308,7 +364,7 @@ assert forks < 16
     assert verdict.passed, verdict.reason
     assert wait_until_gone(str(MEMORY))
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
-    assert not run_program(bomb, timeout_seconds=0.5, memory_bytes=MEMORY).passed
+    assert not run_program(bomb, processor_seconds=0.5, memory_bytes=MEMORY).passed
     assert wait_until_gone(str(MEMORY))
 
 
@@ -327,7 +383,7 @@ time.sleep(0.5)
 {end}
 """
     mark, most = str(MEMORY), 0
-    run = threading.Thread(target=run_program, args=[program], kwargs={"timeout_seconds": 1, "memory_bytes": MEMORY})
+    run = threading.Thread(target=run_program, args=[program], kwargs={"wall_seconds": 1, "memory_bytes": MEMORY})
     run.start()
     while run.is_alive():
         most = max(most, len(processes_with(mark)))
@@ -342,7 +398,7 @@ def test_a_program_dies_with_the_process_that_runs_it(level: Isolation, open_fol
 import sys
 sys.path.insert(0, {str(Path(sandbox.__file__).parents[2])!r})
 from optimum_calibprune.capabilities import sandbox, supervisor
-sandbox._judge(("while True: pass", ""), 60, {MEMORY}, {level.namespaces})
+sandbox._judge(("while True: pass", ""), sandbox.Limits(60, 60, {MEMORY}), {level.namespaces})
 """
     with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(open_folder)}) as caller:
         deadline = time.monotonic() + 20
@@ -356,7 +412,7 @@ sandbox._judge(("while True: pass", ""), 60, {MEMORY}, {level.namespaces})
 def test_a_supervisor_whose_caller_has_died_already_runs_nothing() -> None:
     program = b"print('ran')"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", supervisor.__file__, "5", str(MEMORY), "0", str(os.getppid())],
+        [sys.executable, "-I", "-S", supervisor.__file__, "5", "5", str(MEMORY), "0", str(os.getppid())],
         input=f"{len(program)} 0 /tmp\n".encode() + program,
         capture_output=True,
         timeout=60,
@@ -464,13 +520,15 @@ def test_a_hostile_program_changes_no_neighbours_verdict(level: Isolation, hosti
         good[3],
         bad[3],
     ]
-    verdicts = [v.passed for v in run_programs(programs, workers=1, timeout_seconds=1.0, memory_bytes=MEMORY)]
+    verdicts = [v.passed for v in run_programs(programs, workers=1, processor_seconds=1.0, memory_bytes=MEMORY)]
     assert [verdicts[i] for i in (0, 3, 6, 8)] == [True] * 4
     assert [verdicts[i] for i in (1, 4, 7, 9)] == [False] * 4
     assert wait_until_gone(str(MEMORY))
 
 
-def test_equal_programs_run_once_and_slow_ones_again(level: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_programs_run_once_and_those_again_that_ran_out_of_wall_time(
+    level: Isolation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     judged: list[str] = []
     judge = sandbox._Supervisor.judge
 
@@ -480,22 +538,23 @@ def test_equal_programs_run_once_and_slow_ones_again(level: Isolation, monkeypat
 
     monkeypatch.setattr(sandbox._Supervisor, "judge", spy)
     mark = f"# {time.monotonic()}\n"
-    quick, slow = f"{mark}assert 1", f"{mark}while True: pass"
-    first = run_programs([quick, slow, quick, quick], timeout_seconds=0.3)
-    assert sorted(judged) == sorted([quick, slow])
-    assert [verdict.passed for verdict in first] == [True, False, True, True]
-    again = run_programs([quick, slow], timeout_seconds=0.3)
-    assert sorted(judged) == sorted([quick, slow, slow])
-    assert again[0] == first[0]
-    run_programs([quick], timeout_seconds=0.4)  # under other limits the verdict may be another one
+    quick, busy, slow = f"{mark}assert 1", f"{mark}while True: pass", f"{mark}import time\ntime.sleep(60)"
+    limits = {"processor_seconds": 0.1, "wall_seconds": 1.0}
+    first = run_programs([quick, busy, slow, quick, quick], **limits)
+    assert sorted(judged) == sorted([quick, busy, slow])
+    assert [verdict.passed for verdict in first] == [True, False, False, True, True]
+    again = run_programs([quick, busy, slow], **limits)
+    assert sorted(judged) == sorted([quick, busy, slow, slow])
+    assert again[:2] == first[:2]
+    run_programs([quick], processor_seconds=0.3)  # under other limits the verdict may be another one
     assert judged.count(quick) == 2
 
 
 def test_only_the_latest_verdicts_are_kept() -> None:
-    kept, limits = sandbox._Verdicts(2), (1.0, 1, True)
+    kept, way = sandbox._Verdicts(2), (Limits(), True)
     for program in ("a", "b", "c"):
-        kept.keep({(program, "tests"): Verdict(True, "passed", 0.1)}, limits)
-    assert kept.recall(("a", "tests"), limits) is None
-    assert kept.recall(("c", "tests"), limits) == Verdict(True, "passed", 0.1)
-    assert kept.recall(("c", "others"), limits) is None
-    assert kept.recall(("c", "tests"), (2.0, 1, True)) is None
+        kept.keep({(program, "tests"): Verdict(True, "passed", 0.1)}, way)
+    assert kept.recall(("a", "tests"), way) is None
+    assert kept.recall(("c", "tests"), way) == Verdict(True, "passed", 0.1)
+    assert kept.recall(("c", "others"), way) is None
+    assert kept.recall(("c", "tests"), (Limits(processor_seconds=2.0), True)) is None
