@@ -2,7 +2,7 @@
 """Writes the folder that is uploaded as a Space: `space_bundle.py WHEEL TARGET`.
 
 A Space installs its requirements before its files are there, so a wheel beside them cannot be one of these. The wheel's
-package is unpacked next to app.py instead, and the requirements are those that the wheel states.
+package is unpacked next to app.py instead (it lies there as a whole, too, for jobs that the Space starts), and its place in the requirements is taken by those that the wheel states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ def bundle(wheel: Path, target: Path) -> Path:
         archive.extractall(target, [name for name in archive.namelist() if name.startswith(PACKAGE)])
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         required = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist", [])
-    (target / "requirements.txt").write_text("".join(f"{line}\n" for line in filter(None, map(_wanted, required))))
+    shutil.copy(wheel, target)
+    lines = (target / "requirements.txt").read_text().splitlines()
+    further = [line for line in lines if not line.startswith("optimum-calibprune")]
+    (target / "requirements.txt").write_text(
+        "".join(f"{line}\n" for line in [*filter(None, map(_wanted, required)), *further])
+    )
     return target
 
 

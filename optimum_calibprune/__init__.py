@@ -10,24 +10,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .choices import calibration_sources as calibration_sources
     from .comparing import compare_runs as compare_runs
+    from .planning import Machine as Machine
     from .pruner import CalibPruner as CalibPruner
     from .publishing.push import push_folder as push_folder
     from .records import CalibPruneConfig as CalibPruneConfig
     from .records import CalibrationSet as CalibrationSet
     from .records import CalibrationSource as CalibrationSource
+    from .records import Plan as Plan
     from .records import RunRecord as RunRecord
     from .records import SparsityPattern as SparsityPattern
+    from .shape import ModelShape as ModelShape
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "calibration_sources": "choices",
     "compare_runs": "comparing",
+    "Machine": "planning",
+    "ModelShape": "shape",
     "CalibPruner": "pruner",
     "push_folder": "publishing.push",
     "CalibPruneConfig": "records",
     "CalibrationSet": "records",
     "CalibrationSource": "records",
+    "Plan": "records",
     "RunRecord": "records",
     "SparsityPattern": "records",
 }
@@ -37,6 +43,9 @@ __all__ = [
     "CalibPruner",
     "CalibrationSet",
     "CalibrationSource",
+    "Machine",
+    "ModelShape",
+    "Plan",
     "RunRecord",
     "SparsityPattern",
     "calibration_sources",

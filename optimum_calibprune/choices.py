@@ -60,15 +60,16 @@ def source_names(sources: Sources) -> tuple[str, ...]:
     return tuple(s.name if isinstance(s, CalibrationSource) else s for s in sources or ())
 
 
-def with_defaults(config: CalibPruneConfig, model: PreTrainedModel) -> CalibPruneConfig:
-    """The config with samples, length and micro-batch filled in; `ValueError` for samples longer than the context."""
+def with_defaults(config: CalibPruneConfig, model: PreTrainedModel, device: str | None = None) -> CalibPruneConfig:
+    """The config with samples, length and micro-batch filled in, for the kind of `device` (default: where the model is);
+    `ValueError` for samples longer than the context."""
     samples, length = (pocket.SAMPLES, pocket.LENGTH) if is_pocket(config) else (SAMPLES, LENGTH)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     length = config.length or min(length, context or length)
     if context is not None and length > context:
         raise ValueError(f"length {length} exceeds the model's context of {context} tokens.")
     samples = config.samples or samples
-    tokens = MICRO_BATCH_TOKENS.get(model.device.type, FEW_TOKENS)
+    tokens = MICRO_BATCH_TOKENS.get(device or model.device.type, FEW_TOKENS)
     step = config.micro_batch or max(1, min(samples, tokens // length))
     return replace(config, samples=samples, length=length, micro_batch=step)
 

@@ -85,8 +85,8 @@ def load_model(
         check(empty)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         home: Home
-        fits = stream != "auto" or all(Ranks.current().everywhere(_fits(empty, dtype, place)))
-        if stream is True or not fits:
+        in_memory = stream != "auto" or all(Ranks.current().everywhere(_fits(empty, dtype, place)))
+        if stream is True or not in_memory:
             home = _streamed(name, path, config, dtype, place, options)
         else:
             options["use_safetensors"] = None if allow_pickle else True
@@ -108,14 +108,48 @@ def load_model(
     return home, tokenizer, base
 
 
+def load_shape(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> PreTrainedModel:
+    """A causal language model without weights; within a `FakeTensorMode` forwards of it work, and compute nothing. Only its
+    config is fetched, and no code that comes with it is run.
+
+    Raises what `load_model` does.
+    """
+    from transformers import AutoConfig
+
+    if dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    path = str(pocket.MODEL) if name == pocket.NAME else name
+    try:
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+    except OSError as error:
+        raise OSError(_why_not_loaded(name, error, revision, cache_dir, False)) from error
+    check_config(config)
+    empty = _without_weights(name, config, trust_remote_code=False)
+    empty.set_experts_implementation("batched_mm")  # whose shapes do not hang on values
+    return empty if dtype == "auto" else empty.to(getattr(torch, dtype))
+
+
+def fits(weight_bytes: int, free: int) -> bool:
+    """Whether weights leave enough of the free memory for the rest."""
+    return weight_bytes <= LARGEST_SHARE * free
+
+
 def _fits(empty: PreTrainedModel, dtype: str, place: torch.device) -> bool:
-    """Whether the weights leave enough of the memory free that is free now, in the host and on the device; each process of
-    a host has its own copy of them."""
+    """Whether the weights fit into what is free now, in the host and on the device; each process of a host has its own copy
+    of them."""
     itemsize = empty.dtype.itemsize if dtype == "auto" else getattr(torch, dtype).itemsize
     free = free_memory()
     if place.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(place)[0])
-    return empty.num_parameters() * itemsize <= LARGEST_SHARE * free
+    return fits(empty.num_parameters() * itemsize, free)
 
 
 def _streamed(name: str, path: str, config: Any, dtype: str, place: torch.device, options: dict[str, Any]) -> Streamed:

@@ -12,8 +12,7 @@ from .calibration.choose import Choice
 from .capabilities import contamination, store
 from .capabilities import perplexity as perplexities
 from .capabilities.harness import Loaded
-from .capabilities.identity import fingerprint_of
-from .capabilities.metrics import name_of
+from .capabilities.metrics import fingerprint_of, name_of
 from .capabilities.score import Prepared, measure, prepare
 from .choices import LENGTH, choose_perplexity_text, choose_tasks
 from .pruning.homes import Home

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will do, its memory by place, and an estimate of its time from rates measured on the spot."""
+"""What a run will do, its memory by place, and an estimate of its time from the rates of a machine."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +15,11 @@ from torch import nn
 from .pruning import blocks, schedule
 from .pruning.balance import ROUNDS
 from .pruning.hessian import DIVIDED
-from .pruning.homes import Home
+from .pruning.homes import Absent, Home
 from .pruning.kernels import kernels_for
+from .pruning.memory import free_memory
 from .pruning.sparsegpt import BLOCK
-from .pruning.stops import Experts, Stop
+from .pruning.stops import Experts, Input, Stop
 from .records import CalibPruneConfig, Plan
 from .values import CAPABILITIES
 
@@ -29,24 +31,42 @@ if TYPE_CHECKING:
 COLUMN_SECONDS = 20e-6  # of one column step of the sweep on a matrix without rows, measured on a CPU
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a plan reckons with: the kind of `device` ("cuda", "cpu"), bytes of memory that are `free` on it and on the
+    `free_host`, FLOP/s of products in the model's dtype and of `exact_products` in fp32, and how many weights a second the
+    solver can `sweep` over."""
+
+    device: str
+    free: int
+    free_host: int
+    products: float
+    exact_products: float
+    sweep: float
+
+
 def make_plan(
-    home: Home,
+    home: Home | Absent,
     config: CalibPruneConfig,
     groups: list[list[Stop]],
     sources: Sequence[str],
     written: int,
     capabilities: Sequence[str],
     processes: int = 1,
+    machine: Machine | None = None,
 ) -> Plan:
-    """The plan of a run whose config has all defaults filled in; the model writes `written` windows first."""
+    """The plan of a run whose config has all defaults filled in; the model writes `written` windows first. The `machine` is,
+    unless one is given, that of the model, whose rates are measured here and now."""
     assert config.samples and config.length and config.micro_batch
     model, device = home.model, home.device
+    machine = machine or _measured(model.dtype, device, groups)
     micro_batches = math.ceil(math.ceil(config.samples / config.micro_batch) / processes)
     hidden = _hidden_states(model, config) // processes
     fixed = _fixed_memory(home, groups, config, processes)
-    activations = schedule.place_of_activations(hidden, device, home.streamed, reserved=sum(fixed.values()))
-    reserved = sum(fixed.values()) + (hidden if activations == "device" else 0)
-    fits = schedule.resident_micro_batches(model, groups, config.micro_batch * config.length, device, reserved)
+    left = machine.free - sum(fixed.values())
+    activations = schedule.place_of_activations(hidden, device.type, home.streamed, left, machine.free_host)
+    left -= hidden if activations == "device" else 0
+    fits = schedule.resident_micro_batches(model, groups, config.micro_batch * config.length, left)
     resident = min(fits, micro_batches) if config.sequential == "module" else 0
     replayed = 1.0 - resident / micro_batches
     most_groups = max(len(block) for block in groups)
@@ -84,7 +104,7 @@ def make_plan(
             f"hidden states {where}": hidden,
             f"waiting micro-batches on {device.type}": waiting,
         },
-        seconds=_seconds(model, device, groups, config, replays * replayed, processes),
+        seconds=_seconds(machine, groups, config, replays * replayed, processes),
         processes=processes,
         streamed=home.streamed,
         activations=activations,
@@ -98,7 +118,9 @@ def _hidden_states(model: PreTrainedModel, config: CalibPruneConfig) -> int:
     return config.samples * config.length * hidden * model.dtype.itemsize
 
 
-def _fixed_memory(home: Home, groups: list[list[Stop]], config: CalibPruneConfig, processes: int) -> dict[str, int]:
+def _fixed_memory(
+    home: Home | Absent, groups: list[list[Stop]], config: CalibPruneConfig, processes: int
+) -> dict[str, int]:
     """What a walk needs on the device whatever else is there, in bytes."""
     assert config.samples and config.length
     place, size = home.device.type, home.model.dtype.itemsize
@@ -128,32 +150,40 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _seconds(
-    model: PreTrainedModel,
-    device: torch.device,
-    groups: list[list[Stop]],
-    config: CalibPruneConfig,
-    replays: float,
-    processes: int,
+    machine: Machine, groups: list[list[Stop]], config: CalibPruneConfig, replays: float, processes: int
 ) -> float:
-    """Of the pruning stage: products and the sweep at rates measured here and now. Of several processes each has its part
-    of the tokens, of the rows, and of each factor that is large enough to be divided."""
+    """Of the pruning stage: products and the sweep at the rates of the machine. Of several processes each has its part of
+    the tokens, of the rows, and of each factor that is large enough to be divided."""
     assert config.samples and config.length
     tokens = config.samples * config.length / processes
     forwards = 1 + replays + (config.allocation == "owl")
     solutions = 1 + ROUNDS if config.mix.kind == "balanced" and config.mix.option("worst") else 1
-    forward_rate, solve_rate = _product_rate(model.dtype, device), _product_rate(torch.float32, device)
-    inputs = [given for block in groups for stop in block for given in stop.inputs]
-    sweep_rate = _sweep_rate(min(max(given.rows for given in inputs), 8192), device)
     seconds = 0.0
-    for given in inputs:
+    for given in _inputs(groups):
         columns, outputs, arriving = given.columns, given.rows, tokens * given.share
         own = outputs / processes
-        seconds += forwards * 2 * arriving * columns * outputs / forward_rate
-        seconds += arriving * columns**2 / solve_rate  # one triangle of the Hessian
         factor = 2 / 3 * columns**3 / (processes if columns > DIVIDED else 1)
-        seconds += solutions * (factor + 3 * own * columns**2) / solve_rate  # factor, updates, errors
-        seconds += solutions * (own * columns / sweep_rate + columns * COLUMN_SECONDS)
+        seconds += forwards * 2 * arriving * columns * outputs / machine.products
+        seconds += arriving * columns**2 / machine.exact_products  # one triangle of the Hessian
+        seconds += solutions * (factor + 3 * own * columns**2) / machine.exact_products  # factor, updates, errors
+        seconds += solutions * (own * columns / machine.sweep + columns * COLUMN_SECONDS)
     return seconds
+
+
+def _inputs(groups: list[list[Stop]]) -> list[Input]:
+    return [given for block in groups for stop in block for given in stop.inputs]
+
+
+def _measured(dtype: torch.dtype, device: torch.device, groups: list[list[Stop]]) -> Machine:
+    """The machine that this is."""
+    return Machine(
+        device=device.type,
+        free=schedule.free_on(device),
+        free_host=free_memory(),
+        products=_product_rate(dtype, device),
+        exact_products=_product_rate(torch.float32, device),
+        sweep=_sweep_rate(min(max(given.rows for given in _inputs(groups)), 8192), device),
+    )
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:

@@ -5,72 +5,82 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from limits import ANSWER_SECONDS, Question, check_size
+import zero
+from limits import ANSWER_SECONDS, Job, Question, check_size
 from optimum_calibprune import CalibPruner
 from runs import PruneRun, Run
-
-
-STATES = ("dense", "sparse")
+from watch import STATES, Watch
 
 
 class AnswerRun(Run):
-    """Both models answer at the same time; `texts` grow token by token. They are loaded for this, and go afterwards."""
+    """Both models of a result answer; `texts` grow token by token."""
 
-    seconds = ANSWER_SECONDS
+    limit = ANSWER_SECONDS
 
     def __init__(self, question: Question, result: PruneRun) -> None:
         super().__init__(result.folder)
         self.question, self._result = question, result
-        self.texts = dict.fromkeys(STATES, "")
 
     def work(self) -> None:
-        models = [self._load(state) for state in STATES]
-        with ThreadPoolExecutor(len(models)) as pool:
-            list(pool.map(self._answer, STATES, models))
+        assert self._result.record is not None
+        revision = self._result.record.base.revision
+        zero.do(self, _gpu_seconds, answer, self.question, self._result.job, revision, self.folder)
 
     def remove(self) -> None:
         """The folder is that of the result, which stays."""
 
-    def _load(self, state: str) -> CalibPruner:
-        """As for pruning: no code that comes with a model, no pickles, and within the size."""
-        self.check()
-        job, record = self._result.job, self._result.record
-        assert record is not None
-        options = {"sparsity": job.sparsity, "capabilities": "none", "stream": False}
-        if state == "sparse":
-            return CalibPruner.from_pretrained(str(self.folder / "model"), **options)
-        check_size(job.model, record.base.revision)
-        downloads = self.folder / "downloads"
-        return CalibPruner.from_pretrained(job.model, revision=record.base.revision, cache_dir=downloads, **options)
 
-    def _answer(self, state: str, pruner: CalibPruner) -> None:
-        model, tokenizer = pruner.model, pruner.tokenizer
-        prompt = encode(self.question.prompt, tokenizer)
-        tokens = prompt["input_ids"].shape[1]
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if context is not None and tokens + self.question.new_tokens > context:
-            raise ValueError(
-                f"The prompt has {tokens:,} tokens; with {self.question.new_tokens} new ones that is more than the {context:,} "
-                "that this model reads. Shorten it, or ask for fewer new tokens."
-            )
+def _gpu_seconds() -> int:
+    return 60
 
-        def say(text: str) -> None:
-            self.check()
-            self.texts[state] = text
 
-        kept = model.generation_config
-        model.generation_config = type(kept)(  # only its end; a repo may ask for anything
-            eos_token_id=kept.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            max_new_tokens=self.question.new_tokens,
-            do_sample=self.question.temperature > 0,
-            temperature=self.question.temperature or None,
+def answer(watch: Watch, question: Question, job: Job, revision: str | None, folder: Path) -> None:
+    """Both models answer at the same time. They are loaded for this, and go afterwards."""
+    models = [_load(state, watch, job, revision, folder) for state in STATES]
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(partial(_answer, watch, question), STATES, models))
+
+
+def _load(state: str, watch: Watch, job: Job, revision: str | None, folder: Path) -> CalibPruner:
+    """As for pruning: no code that comes with a model, no pickles, and within the size."""
+    watch.check()
+    options = {"sparsity": job.sparsity, "capabilities": "none", "stream": False}
+    if state == "sparse":
+        return CalibPruner.from_pretrained(str(folder / "model"), **options)
+    check_size(job.model, revision)
+    return CalibPruner.from_pretrained(job.model, revision=revision, cache_dir=folder / "downloads", **options)
+
+
+def _answer(watch: Watch, question: Question, state: str, pruner: CalibPruner) -> None:
+    model, tokenizer = pruner.model, pruner.tokenizer
+    prompt = encode(question.prompt, tokenizer)
+    tokens = prompt["input_ids"].shape[1]
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and tokens + question.new_tokens > context:
+        raise ValueError(
+            f"The prompt has {tokens:,} tokens; with {question.new_tokens} new ones that is more than the {context:,} "
+            "that this model reads. Shorten it, or ask for fewer new tokens."
         )
-        model.generate(**{name: ids.to(model.device) for name, ids in prompt.items()}, streamer=Stream(tokenizer, say))
+
+    def say(text: str) -> None:
+        watch.check()
+        watch.texts[state] = text
+
+    kept = model.generation_config
+    model.generation_config = type(kept)(  # only its end; a repo may ask for anything
+        eos_token_id=kept.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        max_new_tokens=question.new_tokens,
+        do_sample=question.temperature > 0,
+        temperature=question.temperature or None,
+    )
+    model.generate(**{name: ids.to(model.device) for name, ids in prompt.items()}, streamer=Stream(tokenizer, say))
 
 
 def encode(prompt: str, tokenizer: Any) -> dict[str, Any]:

@@ -3,16 +3,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import gradio as gr
 
+import jobs
+from estimate import estimates, shape_of
 from events import EVERY, TURN, key_of
-from limits import CAPABILITIES, Job, checked, checked_mixes, checked_question
+from hardware import flavors
+from limits import (
+    CAPABILITIES,
+    PROCESSES,
+    Job,
+    checked,
+    checked_big,
+    checked_mixes,
+    checked_question,
+    checked_token,
+    whole,
+)
 from push import upload
-from runs import EXPECTED, Run, plan_of, sentence
+from runs import Run, plan_of
 from visitors import Visitors
+from watch import EXPECTED, sentence
 
 
 def endpoints(visitors: Visitors) -> None:
@@ -69,12 +84,63 @@ def endpoints(visitors: Visitors) -> None:
         with _refusals():
             return upload(visitors.result(key_of(request)), repo, token, private, create_pr)
 
+    def command(
+        model: str,
+        mix: str = "uniform",
+        sources: list[str] | None = None,
+        sparsity: str = "50%",
+        samples: int = 128,
+        measure: bool = True,
+        gpus: int = 1,
+    ) -> str:
+        """What to type on a machine of your own, for a model that is too large for this page."""
+        with _refusals():
+            job = checked_big(model, mix, sources, sparsity, samples, measure)
+            return job.command(whole("The number of GPUs", gpus, PROCESSES))
+
+    def estimate(
+        model: str,
+        mix: str = "uniform",
+        sources: list[str] | None = None,
+        sparsity: str = "50%",
+        samples: int = 128,
+        measure: bool = True,
+        token: str = "",
+    ) -> str:
+        """What a run may take on each hardware of Hugging Face Jobs, as JSON: bytes on the GPU, hours and dollars at best and at
+        worst. Only the model's config is fetched, with your token if you give one."""
+        with _refusals():
+            job = checked_big(model, mix, sources, sparsity, samples, measure)
+            shape = shape_of(job, checked_token(token) if token else None, visitors.root)
+            return json.dumps([entry.told for entry in estimates(shape, flavors())])
+
+    def launch(
+        model: str,
+        repo: str,
+        token: str,
+        flavor: str,
+        hours: int = 4,
+        mix: str = "uniform",
+        sources: list[str] | None = None,
+        sparsity: str = "50%",
+        samples: int = 128,
+        measure: bool = True,
+        private: bool = False,
+    ) -> str:
+        """Starts the run as a Hugging Face Job on the account of the token's owner, who pays for it; the answer is its address."""
+        with _refusals():
+            job = checked_big(model, mix, sources, sparsity, samples, measure, repo, private)
+            return jobs.launch(job, flavor, hours, token).url
+
     gr.api(_with_a_job(plan), api_name="plan", **TURN)
     gr.api(_with_a_job(prune), api_name="prune", **TURN)
     gr.api(compare, api_name="compare", **TURN)
     gr.api(generate, api_name="generate", **TURN)
     gr.api(stop, api_name="stop", queue=False)
     gr.api(push, api_name="push")
+    gr.api(command, api_name="command")
+    gr.api(estimate, api_name="estimate", concurrency_id="estimate", concurrency_limit=1)
+    gr.api(launch, api_name="launch")
 
 
 def _with_a_job(answer: Callable[[Job, str], str]) -> Callable[..., str]:

@@ -13,12 +13,15 @@ from pathlib import Path
 ROOT = Path(tempfile.gettempdir()) / "calibprune-space"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it is imported
+os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # no visitor sees or does anything by the token of this Space
 
 import gradio as gr  # noqa: E402
+import spaces  # noqa: E402, F401  first of all that brings torch, which it prepares where GPUs are lent
 
 from api import endpoints  # noqa: E402
 from events import key_of  # noqa: E402
 from limits import KEPT_SECONDS, WAITING  # noqa: E402
+from view_big import big_view  # noqa: E402
 from view_compare import compare_view  # noqa: E402
 from view_prune import prune_view  # noqa: E402
 from view_try import try_view  # noqa: E402
@@ -46,10 +49,13 @@ def build_demo(visitors: Visitors, login: bool = False) -> gr.Blocks:
     with gr.Blocks(title="CalibPrune", delete_cache=(60, KEPT_SECONDS)) as demo:
         endpoints(visitors)
         gr.Markdown(ABOUT, elem_classes="cp-title")
+        if login:  # above all views, since the page is loaded anew, and what it has shown is gone then
+            gr.LoginButton(size="sm", elem_id="login")
         with gr.Tabs():
             prune_view(visitors, login)
             compare_view(visitors)
             try_view(visitors)
+            big_view(visitors.root, login)
         demo.unload(leave)
     return demo.queue(max_size=WAITING, default_concurrency_limit=8)
 
@@ -58,12 +64,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing stays behind then, either
     shutil.rmtree(ROOT, ignore_errors=True)  # of a server that was killed
     on_a_space = "SPACE_ID" in os.environ  # elsewhere the button would hand out the token of whoever runs this
-    demo = build_demo(Visitors(ROOT / "visitors", ROOT / "files"), login=on_a_space)
+    visitors = Visitors(ROOT / "visitors", ROOT / "files")
+    demo = build_demo(visitors, login=on_a_space)
     try:
         demo.launch(
             theme=theme(), css_paths=HERE / "style.css", max_file_size="1kb", ssr_mode=False, footer_links=["api"]
         )
     finally:
+        visitors.close()
         shutil.rmtree(ROOT, ignore_errors=True)
 
 

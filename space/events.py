@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 
 import figures
-from runs import STOPPED
 from visitors import Visitors
+from watch import STOPPED
 
 
 EVERY = 0.4  # seconds between two looks at a run

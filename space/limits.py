@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from optimum_calibprune import calibration_sources
 POCKET = "pocket"
 CAPABILITIES = ("general", "commonsense", "code", "math")
 MIXES = {
-    "uniform": "texts from sources, in equal parts",
+    "uniform": "sources in equal parts",
     "igsp": "written by the model, selected",
     "self-cal": "written by the model, unguided",
+    "sgs": "begun by sources, written on by the model",
     "balanced": "as uniform, each capability with the same weight",
+    "mixcal": "as uniform, half of the weight on general text",
     "cola": "texts that excite the model differently",
 }
 ALONE = "single:"  # and the name of a source
@@ -40,11 +43,15 @@ NEW_TOKENS = (1, 256)  # of an answer
 TEMPERATURE = (0.0, 2.0)
 ANSWER_SECONDS = 120
 WAITING = 20  # runs in the queue
+BIG_SAMPLES = (16, 1024)  # of the model's own length, where it runs elsewhere
+PROCESSES = (1, 8)  # GPUs of a visitor's machine
+HOURS = (1, 24)  # of a job that a visitor pays
 KEPT_SECONDS = 3600  # a result, after which its folder goes
 KEPT_RESULTS = 8  # at once, the latest; one a visitor
 NAME_CHARACTERS = 96
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+TOKEN = re.compile(r"[!-~]{1,200}")
 REPO_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -60,17 +67,89 @@ class Job:
     capabilities: tuple[str, ...] = CAPABILITIES
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The arguments of `CalibPruner.from_pretrained`: no code of a model's repo, no pickles, no code that it writes."""
+    def config(self) -> dict[str, Any]:
+        """What is asked for, as arguments of `ModelShape.from_pretrained`."""
         asked = {"mix": self.mix, "sparsity": self.sparsity, "samples": self.samples, "length": LENGTH}
         if self.sources:
             asked["sources"] = list(self.sources)
         everything = set(self.capabilities) == set(CAPABILITIES)
         measured: Any = "auto" if everything else self.capabilities
-        if self.model == POCKET:
-            return asked | {"capabilities": measured}
+        items = {} if self.model == POCKET else {"suite": "quick", "limit": ITEMS}
+        return asked | items | {"capabilities": measured}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `CalibPruner.from_pretrained`: no code of a model's repo, no pickles, no code that it writes."""
         closed = {"trust_remote_code": False, "allow_pickle": False, "allow_code_execution": False, "stream": False}
-        return asked | closed | {"capabilities": measured, "suite": "quick", "limit": ITEMS}
+        return self.config | (closed if self.model != POCKET else {})
+
+
+@dataclass(frozen=True)
+class BigJob:
+    """A run that this page only starts elsewhere, or says how to start."""
+
+    model: str
+    mix: str = "uniform"
+    sources: tuple[str, ...] = ()
+    sparsity: str = "50%"
+    samples: int = 128
+    measure: bool = True
+    repo: str = ""
+    private: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `ModelShape.from_pretrained`."""
+        measured = "auto" if self.measure else "none"
+        asked = {"mix": self.mix, "sparsity": self.sparsity, "samples": self.samples, "capabilities": measured}
+        return asked | ({"sources": list(self.sources)} if self.sources else {})
+
+    def words(self, output: str) -> list[str]:
+        """The command line of the run, which writes to the folder `output`."""
+        words = ["optimum-cli", "calibprune", "prune", self.model, "--sparsity", self.sparsity, "--mix", self.mix]
+        words += ["--sources", *self.sources] if self.sources else []
+        words += ["--samples", str(self.samples)]
+        words += [] if self.measure else ["--capabilities", "none"]
+        words += ["--push-to-hub", self.repo] if self.repo else []
+        words += ["--private"] if self.repo and self.private else []
+        return [*words, "--output", output]
+
+    def command(self, processes: int = 1) -> str:
+        """What to type on a machine of one's own, for so many GPUs; names in it do nothing to a shell."""
+        words = self.words(f"{self.model.rpartition('/')[2]}-{self.sparsity.strip('%').replace(':', 'of')}")
+        if processes > 1:
+            words = ["torchrun", "--nproc-per-node", str(processes), "--no-python", *words]
+        return shlex.join(words)
+
+
+def checked_big(
+    model: object,
+    mix: object,
+    sources: object,
+    sparsity: object,
+    samples: object,
+    measure: object,
+    repo: object = "",
+    private: object = False,
+) -> BigJob:
+    """The run elsewhere that a form describes; `ValueError` as for `checked`."""
+    name = _model_name(model)
+    _one_of("mix", mix, tuple(MIXES))
+    _one_of("sparsity", sparsity, SPARSITIES)
+    count = whole("The number of samples", samples, BIG_SAMPLES)
+    chosen = _several("source", sources, tuple(calibration_sources(name)))
+    target = checked_repo(repo) if repo else ""
+    return BigJob(name, str(mix), chosen, str(sparsity), count, bool(measure), target, bool(private))
+
+
+def checked_token(token: object) -> str:
+    """A visitor's own token; `ValueError`, which never shows it, where there is none. This Space's own is never used."""
+    text = token.strip() if isinstance(token, str) else ""
+    if not text:
+        raise ValueError("Log in, or give a token of yours: nothing is done in another's name.")
+    if not TOKEN.fullmatch(text):
+        raise ValueError("The token holds characters that no token has; copy it again from the Hub's settings.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -95,7 +174,7 @@ def checked(
     name = _model_name(model)
     _one_of("mix", mix, tuple(mixes(name)))
     _one_of("sparsity", sparsity, SPARSITIES)
-    number = _whole("The number of samples", samples, SAMPLES)
+    number = whole("The number of samples", samples, SAMPLES)
     chosen = _several("source", sources, tuple(calibration_sources(name)))
     if chosen and str(mix).startswith(ALONE):
         raise ValueError(f"The mix {mix} names its source; leave the other sources out.")
@@ -134,7 +213,7 @@ def checked_question(prompt: object, new_tokens: object, temperature: object) ->
         raise ValueError(f"The prompt has {len(text):,} characters; this page takes up to {PROMPT_CHARACTERS:,}.")
     if any(unicodedata.category(character) == "Cs" for character in text):
         raise ValueError("The prompt holds half a character (a lone surrogate), which is no text.")
-    number = _whole("The number of new tokens", new_tokens, NEW_TOKENS)
+    number = whole("The number of new tokens", new_tokens, NEW_TOKENS)
     return Question(text, number, _number("The temperature", temperature, TEMPERATURE))
 
 
@@ -180,7 +259,7 @@ def _unusual(name: str) -> bool:
     return len(name) > NAME_CHARACTERS or ".." in name or "--" in name or name.endswith((".", "-", ".git"))
 
 
-def _whole(what: str, given: object, allowed: tuple[int, int]) -> int:
+def whole(what: str, given: object, allowed: tuple[int, int]) -> int:
     return int(_number(what, given, allowed, whole=True))
 
 

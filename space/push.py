@@ -9,22 +9,30 @@ import figures
 from events import PRIVATE, key_of
 from limits import checked_repo
 from optimum_calibprune import push_folder
-from runs import EXPECTED, PruneRun, sentence
+from runs import PruneRun
 from visitors import Visitors
+from watch import EXPECTED, sentence
+
+
+LOG_IN = ". Or log in at the top of the page, before you prune: it is loaded anew then"
 
 
 def push_form(visitors: Visitors, login: bool) -> None:
     gr.Markdown("## Push it to the Hub")
-    if login:
-        gr.LoginButton()
     with gr.Row():
-        repo = gr.Textbox(label="Repo", elem_id="repo", placeholder="you/pocket-50", max_length=96)
+        repo = gr.Textbox(
+            label="Repo",
+            elem_id="repo",
+            placeholder="you/pocket-50",
+            max_length=96,
+            info="of yours; it is made where there is none",
+        )
         token = gr.Textbox(
             label="Your token",
             elem_id="token",
             type="password",
             max_length=200,
-            info="with the right to write; used once, kept nowhere",
+            info="with the right to write; used once, kept nowhere" + (LOG_IN if login else ""),
         )
     with gr.Row():
         private = gr.Checkbox(label="Private")

@@ -12,9 +12,10 @@ import comparison
 import fields
 import figures
 from events import EVERY, QUIET, Desk, Update, key_of
-from limits import ALONE, COMPARED, POCKET, checked_mixes, mixes
-from runs import CompareRun, sentence
+from limits import ALONE, COMPARED, POCKET, checked_mixes
+from runs import CompareRun
 from visitors import Visitors
+from watch import sentence
 
 
 PROPOSED = ["uniform", f"{ALONE}thealgorithms", f"{ALONE}gsm8k"]
@@ -84,7 +85,7 @@ def compare_view(visitors: Visitors) -> None:
 def _form() -> list[gr.components.Component]:
     model = fields.model("compare-")
     chosen = gr.Dropdown(
-        _choices(POCKET),
+        fields.mixes(POCKET),
         value=PROPOSED,
         multiselect=True,
         max_choices=COMPARED[1],
@@ -95,12 +96,14 @@ def _form() -> list[gr.components.Component]:
     sparsity = fields.sparsity("compare-")
     with gr.Accordion("More settings", open=False):
         samples, measured = fields.samples(), fields.capabilities()
-    model.change(lambda name: gr.update(choices=_choices(fields.table_of(name))), model, chosen, **QUIET)
+
+    def offer(name: str, before: list[str]) -> Any:
+        choices = fields.mixes(name)
+        known = {mix for _, mix in choices}
+        return fields.chosen_from(choices, value=[mix for mix in before if mix in known])
+
+    model.change(offer, [model, chosen], chosen, **QUIET)
     return [model, chosen, sparsity, samples, measured]
-
-
-def _choices(model: str) -> list[tuple[str, str]]:
-    return [(f"{name.removeprefix(ALONE)}: {what}", name) for name, what in mixes(model).items()]
 
 
 def _progress(run: CompareRun, finished: int) -> str:

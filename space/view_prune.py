@@ -11,14 +11,12 @@ import gradio as gr
 import fields
 import figures
 from events import EVERY, QUIET, Desk, Update, key_of
-from limits import MIXES, checked
+from limits import POCKET, checked
 from optimum_calibprune import calibration_sources
 from push import push_form
-from runs import EXPECTED, PruneRun, plan_of, sentence
+from runs import PruneRun, plan_of
 from visitors import Visitors
-
-
-PROPOSED = ("uniform", "igsp")  # a comparison offers more
+from watch import EXPECTED, sentence
 
 
 def prune_view(visitors: Visitors, login: bool) -> None:
@@ -77,18 +75,23 @@ def prune_view(visitors: Visitors, login: bool) -> None:
 
 def _form() -> list[gr.components.Component]:
     model, sparsity = fields.model(), fields.sparsity()
-    mix = gr.Radio([(f"{name}: {MIXES[name]}", name) for name in PROPOSED], value="uniform", label="Calibration mix")
+    mix = gr.Dropdown(fields.mixes(POCKET), value="uniform", label="Calibration mix", elem_id="mix")
     with gr.Accordion("More settings", open=False):
         names = list(calibration_sources())
         sources = gr.Dropdown(names, multiselect=True, label="Sources", info="None: those that belong to the mix")
         samples, measured = fields.samples(), fields.capabilities()
         legend = gr.HTML(figures.legend(calibration_sources()), padding=False)
 
-    def choices(name: str) -> tuple[Any, str]:
-        table = calibration_sources(fields.table_of(name))
-        return gr.update(choices=list(table), value=[]), figures.legend(table)
+    def offer(name: str, before: str) -> tuple[Any, Any, str]:
+        table, offered = calibration_sources(fields.table_of(name)), fields.mixes(name)
+        kept = before if before in [name for _, name in offered] else "uniform"
+        return (
+            fields.chosen_from(offered, value=kept),
+            fields.chosen_from(list(table), value=[]),
+            figures.legend(table),
+        )
 
-    model.change(choices, model, [sources, legend], **QUIET)
+    model.change(offer, [model, mix], [mix, sources, legend], **QUIET)
     return [model, mix, sources, sparsity, samples, measured]
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 import figures
-from answers import STATES, AnswerRun
+from answers import AnswerRun
 from events import QUIET, Desk, Update, key_of
 from limits import NEW_TOKENS, PROMPT_CHARACTERS, TEMPERATURE, checked_question
-from runs import sentence
 from visitors import Visitors
+from watch import STATES, sentence
 
 
 EVERY = 0.1  # seconds between two looks at the answers

@@ -16,7 +16,8 @@ from typing import TypeVar
 from answers import AnswerRun
 from limits import COMPARED, KEPT_RESULTS, KEPT_SECONDS, Job, Question
 from optimum_calibprune import RunRecord
-from runs import STOPPED, CompareRun, PruneRun, Run
+from runs import CompareRun, PruneRun, Run
+from watch import STOPPED
 
 
 R = TypeVar("R", bound=Run)
@@ -128,6 +129,11 @@ class Visitors:
             if run is not None:
                 run.stop()
                 run.remove()
+
+    def close(self) -> None:
+        """All leave, as the server ends."""
+        for key in list(self._visitors):
+            self.leave(key)
 
     def _forget_old(self) -> None:
         """Those who have not come back for long, and of the others who have a result all but the latest."""

@@ -34,6 +34,14 @@ USERS = {None: None, f"Bearer {TOKEN}": OWNER, f"Bearer {STRANGER_TOKEN}": "stra
 LFS_SUFFIXES = (".safetensors", ".parquet")
 LFS_BYTES = 1024 * 1024
 DATE = "2026-01-01T00:00:00.000Z"
+HARDWARE = (  # of Jobs: name, GPU, memory of all GPUs and of the host, disk, micro-dollars a minute
+    ("cpu-basic", None, "", "16 GB", "50 GB", 167),
+    ("t4-small", ("T4", "1"), "16 GB", "15 GB", "50 GB", 6_667),
+    ("l4x1", ("L4", "1"), "24 GB", "30 GB", "400 GB", 13_333),
+    ("a100-large", ("A100", "1"), "80 GB", "142 GB", "1000 GB", 41_667),
+    ("a100x4", ("A100", "4"), "320 GB", "568 GB", "4000 GB", 166_667),
+    ("h200", ("H200", "1"), "141 GB", "256 GB", "3000 GB", 83_333),
+)
 CLIENT_VARIABLES = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_")
 
 
@@ -158,6 +166,7 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.collections: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[str, dict[str, Any]] = {}  # what was asked for and what is told of it, by id
         self.xet = XetStore()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
@@ -343,6 +352,8 @@ FIELDS = {
     "path": ".+",
     "oid": "[0-9a-f]{64}",
     "slug": "[^/]+/[^/]+",
+    "key": "[0-9a-f]+",
+    "name": "[^/]+",
     "right": "read|write",
 }
 API = "/api/(?:models|datasets)/{repo}"
@@ -594,6 +605,88 @@ def repo_info(hub: HubServer, request: Request) -> Reply:
     with contextlib.suppress(yaml.YAMLError):
         access |= {"cardData": metadata(commit.files.get("README.md", b""))}
     return Reply.of(name | access | {"tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+
+
+@route("GET", "/api/models")
+def list_models(hub: HubServer, request: Request) -> Reply:
+    """Public models that fit what is asked for, in the order in which they came."""
+    asked = {name: values[0].lower() for name, values in request.query.items()}
+    wanted = {*request.query.get("filter", []), *request.query.get("pipeline_tag", [])}
+    most = float(asked.get("num_parameters", "max:inf").removeprefix("max:").removesuffix("b")) * 1e9
+    found = [
+        {"id": repo.repo_id, "tags": sorted(tags(repo)), "gated": "auto" if repo.gated else False}
+        | {"safetensors": {"parameters": {"BF16": parameters(repo)}, "total": parameters(repo)}}
+        for repo in hub.repos.values()
+        if repo.repo_type == "model"
+        and not repo.private
+        and asked.get("search", "") in repo.repo_id.lower()
+        and not (repo.gated and asked.get("gated") == "false")
+        and wanted <= tags(repo)
+        and parameters(repo) <= most
+    ]
+    return Reply.of(found[: int(asked.get("limit", "1000"))])
+
+
+def tags(repo: Repo) -> set[str]:
+    """What a model is filtered by: what its card says, and whether it has safetensors."""
+    files = repo.at("main").files
+    card = metadata(files.get("README.md", b""))
+    said = {*card.get("tags", []), card.get("pipeline_tag"), card.get("library_name")}
+    return said - {None} | ({"safetensors"} if any(path.endswith(".safetensors") for path in files) else set())
+
+
+def parameters(repo: Repo) -> int:
+    """As if all weights were of two bytes."""
+    return sum(len(content) for path, content in repo.at("main").files.items() if path.endswith(".safetensors")) // 2
+
+
+@route("GET", "/api/jobs/hardware")
+def jobs_hardware(hub: HubServer, request: Request) -> Reply:
+    def told(name: str, gpu: tuple[str, str] | None, vram: str, ram: str, disk: str, price: int) -> dict[str, Any]:
+        of_gpu = {"type": "gpu", "manufacturer": "Nvidia", "vram": vram}
+        accelerator = of_gpu | {"model": gpu[0], "quantity": gpu[1]} if gpu is not None else None
+        cost = {"unitCostMicroUSD": price, "unitCostUSD": price / 1e6, "unitLabel": "minute"}
+        host = {"cpu": "8 vCPU", "ram": ram, "ephemeralStorage": disk, "accelerator": accelerator}
+        return {"name": name, "prettyName": name.upper()} | host | cost
+
+    return Reply.of([told(*entry) for entry in HARDWARE])
+
+
+@route("POST", "/api/jobs/{name}")
+def create_job(hub: HubServer, request: Request) -> Reply:
+    check_writer(request)
+    if request.fields["name"] != request.user:
+        raise HubError(403, "You don't have the rights to start jobs here")
+    asked = request.json()
+    if asked["flavor"] not in {name for name, *_ in HARDWARE}:
+        raise HubError(400, f"Unknown flavor {asked['flavor']}")
+    owner = {"id": "0", "name": request.user, "type": "user"}
+    told = {"id": secrets.token_hex(12), "createdAt": DATE, "owner": owner, "status": {"stage": "SCHEDULING"}}
+    hub.jobs[told["id"]] = asked | told
+    return Reply.of(public_job(hub.jobs[told["id"]]))
+
+
+def public_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Secrets are told to nobody."""
+    return job | {"secrets": dict.fromkeys(job.get("secrets", {}), None)}
+
+
+@route("GET", "/api/jobs/{name}/{key}")
+def inspect_job(hub: HubServer, request: Request) -> Reply:
+    return Reply.of(public_job(own_job(hub, request)))
+
+
+@route("POST", "/api/jobs/{name}/{key}/cancel")
+def cancel_job(hub: HubServer, request: Request) -> Reply:
+    own_job(hub, request)["status"] = {"stage": "CANCELED"}
+    return Reply.of({})
+
+
+def own_job(hub: HubServer, request: Request) -> dict[str, Any]:
+    job = hub.jobs.get(request.fields["key"])
+    if job is None or not request.user == request.fields["name"] == job["owner"]["name"]:
+        raise HubError(404, "Job not found")
+    return job
 
 
 @route("POST", "/api/collections")

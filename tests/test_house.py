@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "planning",
         "choices",
     },
+    "shape": {"records", "calibration", "pruning", "choices", "loading", "planning"},
     "comparing": {"records", "capabilities", "publishing"},
     "study": {"records", "values", "pruner", "capabilities", "calibration", "publishing", "machine", "pocket"},
     "cli_study": {"study", "publishing"},
@@ -62,7 +63,7 @@ MAY_IMPORT = {
         "cli_compare",
         "cli_text",
     },
-    "__init__": {"pruner", "records", "comparing", "choices", "publishing"},
+    "__init__": {"pruner", "records", "comparing", "choices", "publishing", "shape", "planning"},
     "_optimum_register": {"cli"},
 }
 HOMES = {  # each heavy library has one home

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,18 @@ from optimum_calibprune.pruning.schedule import Cancelled
 
 
 TEXT: list[Path] = []
+CONSTANT = """
+import datasets
+import evaluate
+
+class Constant(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({{name: datasets.Value("string") for name in ("predictions", "references")}})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {{"constant": {}}}
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,19 +157,18 @@ def test_another_metric_does_not_go_on(tmp_path: Path) -> None:
             pruner.prune(work_dir=tmp_path / "work", resume=True)
 
 
-def metric_of(value: float) -> Callable[..., float]:
+def constant(value: float) -> Callable[..., float]:
     def metric(predictions: list[str], references: list[str]) -> float:
         return value
 
     return metric
 
 
-class Scorer:
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def __call__(self, predictions: list[str], references: list[str]) -> float:
-        return self.value
+def constant_of_files(value: float, folder: Path) -> evaluate.EvaluationModule:
+    """The same as a metric of `evaluate`, whose name does not tell its value."""
+    (folder / "constant").mkdir(parents=True, exist_ok=True)
+    (folder / "constant" / "constant.py").write_text(CONSTANT.format(value), encoding="utf-8")
+    return evaluate.load(str(folder / "constant"))
 
 
 def stopped_after_its_dense_scores(metric: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -174,13 +186,14 @@ def stopped_after_its_dense_scores(metric: Any, folder: Path, monkeypatch: pytes
     return options
 
 
-def test_a_metric_of_the_same_name_that_does_something_else_does_not_go_on(
+def test_a_metric_of_the_same_name_from_other_files_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = stopped_after_its_dense_scores(metric_of(0.25), tmp_path / "work", monkeypatch)
+    quarter, half = (constant_of_files(value, tmp_path / str(value)) for value in (0.25, 0.5))
+    options = stopped_after_its_dense_scores(quarter, tmp_path / "work", monkeypatch)
     with pytest.raises(ValueError, match=r"metric_fingerprints\.pocket_math was "):
-        opened(metrics={"pocket_math": metric_of(0.5)}, **options).prune(work_dir=tmp_path / "work", resume=True)
-    pruner = opened(metrics={"pocket_math": metric_of(0.25)}, **options)
+        opened(metrics={"pocket_math": half}, **options).prune(work_dir=tmp_path / "work", resume=True)
+    pruner = opened(metrics={"pocket_math": quarter}, **options)
     scores, measured = pruner._measuring.scores, []
     pruner._measuring.scores = lambda shown: measured.append(1) or scores(shown)
     pruner.prune(work_dir=tmp_path / "work", resume=True)
@@ -188,11 +201,9 @@ def test_a_metric_of_the_same_name_that_does_something_else_does_not_go_on(
     assert [pruner.scores[state].tasks[0].value for state in ("dense", "sparse")] == [0.25, 0.25]
 
 
-def test_scores_by_a_metric_that_cannot_be_told_from_others_are_not_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = stopped_after_its_dense_scores(Scorer(0.25), tmp_path / "work", monkeypatch)
-    pruner = opened(metrics={"pocket_math": Scorer(0.5)}, **options)
+def test_scores_by_a_function_are_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = stopped_after_its_dense_scores(constant(0.25), tmp_path / "work", monkeypatch)
+    pruner = opened(metrics={"pocket_math": constant(0.5)}, **options)
     pruner.prune(work_dir=tmp_path / "work", resume=True)
     assert [pruner.scores[state].tasks[0].value for state in ("dense", "sparse")] == [0.5, 0.5]
 

@@ -40,6 +40,13 @@ def name_of(metric: Metric) -> str:
     return getattr(metric, "name", None) or getattr(metric, "__name__", type(metric).__name__)
 
 
+def fingerprint_of(metric: Metric) -> str | None:
+    """The hash of the files of what `evaluate.load` returns. None for all else: what a function does depends on whatever it
+    refers to, so that no score may be taken for its own."""
+    found = getattr(metric, "_hash", None) if hasattr(metric, "compute") else None
+    return f"{metric.config_name} {found}" if found else None
+
+
 def _called(metric: Metric, prediction: Any, reference: Any) -> Any:
     compute = getattr(metric, "compute", None)
     if compute is not None:

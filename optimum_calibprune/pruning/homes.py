@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -257,6 +258,19 @@ class Streamed:
 
 
 Home = InMemory | Streamed
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A model whose weights are nowhere, on a device that need not be here: enough to plan with."""
+
+    model: PreTrainedModel
+    device: torch.device
+    streamed: bool
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return find_blocks(self.model)[1]
 
 
 # ------------------------------------------------------------------------------------- parts of a model

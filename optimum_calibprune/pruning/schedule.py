@@ -68,24 +68,21 @@ def free_on(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
-def resident_micro_batches(
-    model: PreTrainedModel, stops: list[list[Stop]], tokens: int, device: torch.device, reserved: int = 0
-) -> int:
-    """How many micro-batches of `tokens` tokens may wait inside a block at once: half of the memory that is free now, without
-    what is `reserved` for other things.
+def resident_micro_batches(model: PreTrainedModel, stops: list[list[Stop]], tokens: int, free: int) -> int:
+    """How many micro-batches of `tokens` tokens may wait inside a block at once: half of the bytes that are `free`.
 
     A waiting micro-batch is counted with the inputs and outputs of all linear layers of the largest block.
     """
     width = max(sum(stop.width for stop in block) for block in stops)
-    return max(0, (free_on(device) - reserved) // 2 // (width * tokens * model.dtype.itemsize))
+    return max(0, free // 2 // (width * tokens * model.dtype.itemsize))
 
 
-def place_of_activations(size: int, device: torch.device, with_file: bool, reserved: int = 0) -> str:
-    """Where hidden states of `size` bytes are kept: on the device, where they take at most half of what is free there without
-    what is `reserved`; else in host memory by the same rule; else in a file, where there is a folder for it."""
-    if size <= (free_on(device) - reserved) / 2:
+def place_of_activations(size: int, device: str, with_file: bool, free: int, free_host: int) -> str:
+    """Where hidden states of `size` bytes are kept: on the kind of device, where they take at most half of the bytes that are
+    `free` there; else in host memory by the same rule; else in a file, where there is a folder for it."""
+    if size <= free / 2:
         return "device"
-    if device.type == "cuda" and (size <= free_memory() / 2 or not with_file):
+    if device == "cuda" and (size <= free_host / 2 or not with_file):
         return "pinned host memory"
     return "file" if with_file else "device"
 
@@ -144,7 +141,7 @@ def prune_blocks(
     hidden = hidden.fill(first) if start == 0 or journal is None else journal.take_up(hidden)
     resident = settings.resident
     if resident is None:
-        resident = resident_micro_batches(model, groups, step * ids.shape[1], device)
+        resident = resident_micro_batches(model, groups, step * ids.shape[1], free_on(device))
     with home.only_blocks():
         for i, block in enumerate(home.brought(device, start), start):
             walk = _BlockWalk(

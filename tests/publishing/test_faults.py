@@ -8,7 +8,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from tests.publishing import pushing
 from tests.publishing.pushing import Client, Outcome, contents, inject, saved_run
 
 
-NUMBERS = count(1)
 ALWAYS = 1000
 
 
@@ -170,17 +168,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, folder)
     save_file({"input_ids": np.arange(64).reshape(2, 32)}, folder / "calibration.safetensors")
     return folder
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(saved, tmp_path / "run")
-
-
-@pytest.fixture
-def repo_id(hub: HubServer) -> Iterator[str]:
-    yield f"me/fault-{next(NUMBERS)}"
-    hub.forget_faults()
 
 
 def run_and_check(

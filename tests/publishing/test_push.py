@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,6 @@ from optimum_calibprune.publishing.readme import BEGIN, END
 from tests.hub_server import STRANGER_TOKEN, TOKEN, HubServer
 from tests.publishing import pushing
 from tests.publishing.pushing import Client, contents, inject, saved_run
-
-
-NUMBERS = count(1)
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +32,6 @@ def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_run(tmp_path_factory.mktemp("saved") / "run")
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(saved, tmp_path / "run")
-
-
-@pytest.fixture
-def repo_id(hub: HubServer) -> Iterator[str]:
-    yield f"me/run-{next(NUMBERS)}"
-    hub.forget_faults()
 
 
 def check_complete(hub: HubServer, folder: Path, repo_id: str, revision: str = "main") -> None:

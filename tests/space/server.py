@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -48,7 +49,12 @@ class Server:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Server]:
+def serve(
+    folder: Path,
+    script: Path = SPACE / "app.py",
+    variables: Mapping[str, str] = MappingProxyType({}),
+    hub: HubServer | None = None,
+) -> Iterator[Server]:
     """Starts the Space with caches and temporary folders below `folder`; nobody is logged in."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,12 +64,11 @@ def serve(folder: Path) -> Iterator[Server]:
     left_behind = temporary / "calibprune-space" / "visitors" / "of-a-server-that-was-killed"
     left_behind.mkdir(parents=True)
     url = f"http://127.0.0.1:{port}"
-    with HubServer() as hub, (folder / "log.txt").open("w") as log:
+    with hub or HubServer() as hub, (folder / "log.txt").open("w") as log:
         environment = hub.environment(folder / "home") | {"TMPDIR": str(temporary), "GRADIO_SERVER_PORT": str(port)}
         del environment["HF_TOKEN"]
-        process = subprocess.Popen(
-            [sys.executable, str(SPACE / "app.py")], env=environment, stdout=log, stderr=log, cwd=folder
-        )
+        command = [sys.executable, str(script)]
+        process = subprocess.Popen(command, env=environment | variables, stdout=log, stderr=log, cwd=folder)
         try:
             _wait(url, process, folder / "log.txt")
             assert not left_behind.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from optimum_calibprune import pocket
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
+import answers
+import zero
 from answers import AnswerRun, encode
 from limits import Job, Question
-from runs import STOPPED
 from visitors import Visitors
+from watch import STOPPED
 
 
 PROMPT = "Question: What is the capital of Canada?\nAnswer:"
@@ -57,11 +60,22 @@ def test_both_answer_as_their_models_do_and_leave_no_model_behind(visitors: Visi
     assert run.texts["dense"] != run.texts["sparse"]
 
 
+def test_there_are_two_texts_while_the_models_are_loaded(visitors: Visitors, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = answers._load
+    monkeypatch.setattr(answers, "_load", lambda *given: time.sleep(2 * zero.EVERY) or load(*given))
+    run = visitors.answer("one", Question(PROMPT, 8))
+    looks = []
+    while run.wait(zero.EVERY):
+        looks.append(run.texts)
+    assert looks[0] == {"dense": "", "sparse": ""}
+    assert all(run.texts.values())
+
+
 def test_answers_stop_when_asked_to_and_in_time(visitors: Visitors, monkeypatch: pytest.MonkeyPatch) -> None:
     run = visitors.answer("one", Question(PROMPT, 256, temperature=1.0))
     run.stop()
     assert run.error == STOPPED
-    monkeypatch.setattr(AnswerRun, "seconds", 0.0)
+    monkeypatch.setattr(AnswerRun, "limit", 0.0)
     assert "longer than" in finished(visitors.answer("one", Question(PROMPT, 256))).error
     assert visitors.result("one").folder.exists(), "the result stays"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ import pytest
 
 from optimum_calibprune import RunRecord, pocket
 from tests.hub_server import STRANGER_TOKEN, TOKEN
+from tests.space import large
 from tests.space.server import Server, serve
 
 
@@ -46,7 +48,8 @@ def connect(server: Server) -> gradio_client.Client:
 def test_endpoints_have_names_and_docstrings(server: Server) -> None:
     with urllib.request.urlopen(f"{server.url}/gradio_api/info") as answer:
         endpoints = json.load(answer)["named_endpoints"]
-    assert set(endpoints) == {"/plan", "/prune", "/compare", "/generate", "/stop", "/push"}
+    mine = {"/plan", "/prune", "/stop", "/push"}
+    assert set(endpoints) == mine | {"/compare", "/generate", "/command", "/estimate", "/launch"}
     assert all(endpoint["description"] for endpoint in endpoints.values())
 
 
@@ -105,6 +108,49 @@ def test_a_script_compares_mixes_and_asks_both_models(server: Server, client: gr
     assert client.predict(bad, 4, api_name="/generate")[0] != ""
     for changed, said in (({"prompt": "x" * MIB}, "up to 2,000"), ({"prompt": "a", "new_tokens": 10**9}, "1 to 256")):
         assert said in failure(client, **changed, api_name="/generate")
+
+
+def test_a_script_prunes_a_large_model_elsewhere(server: Server, client: gradio_client.Client) -> None:
+    server.hub.add_repo("owner/large", {"config.json": large.config().encode()})
+    server.hub.requests.clear()
+    assert client.predict("owner/large", gpus=4, api_name="/command").startswith("torchrun --nproc-per-node 4 ")
+    found = json.loads(client.predict("owner/large", sparsity="2:4", api_name="/estimate"))
+    assert {entry["flavor"] for entry in found} == {"l4x1", "a100-large", "h200"}
+    assert [entry["dollars"] for entry in found] == sorted(entry["dollars"] for entry in found)
+    assert all(0 < entry["gpu_bytes"] < 141e9 for entry in found)
+    asked = {path.rpartition("/")[2] for _, path, _ in server.hub.requests if "owner/large" in path}
+    assert asked == {"large", "config.json"}, "whether it is there, and its config"
+    url = client.predict("owner/large", "me/large-50", TOKEN, "a100-large", 2, api_name="/launch")
+    [(job_id, job)] = server.hub.jobs.items()
+    assert url.endswith(job_id)
+    assert job["secrets"] == {"HF_TOKEN": TOKEN}
+    assert shlex.join(job["command"]).endswith("--push-to-hub me/large-50 --output /tmp/sparse")
+    for given, endpoint, said in [
+        (("../../etc",), "/command", "is no name of a model"),
+        (("owner/large; id",), "/estimate", "is no name of a model"),
+        (("owner/absent",), "/estimate", "owner/absent"),
+        (("x" * MIB,), "/estimate", "is no name of a model"),
+        (("owner/large", "me/$(id)", TOKEN, "h200"), "/launch", "is no name of a repo"),
+        (("owner/large", "me/x", "", "h200"), "/launch", "Log in, or give a token"),
+        (("owner/large", "me/x", STRANGER_TOKEN, "h200"), "/launch", "may not start jobs"),
+        (("owner/large", "me/x", TOKEN, "h200", 10**9), "/launch", "1 to 24"),
+    ]:
+        text = failure(client, *given, api_name=endpoint)
+        assert said in text
+        assert str(server.temporary) not in text
+    assert len(server.hub.jobs) == 1
+
+
+def test_a_server_ends_in_the_middle_of_a_run_and_leaves_nothing(tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        running = connect(server).submit(mix="igsp", api_name="/prune")
+        until = time.monotonic() + 60
+        while not server.visitors and time.monotonic() < until:
+            time.sleep(0.1)
+        assert server.visitors
+        server.process.terminate()
+        server.process.wait(20)
+        assert running.exception(20) is not None
 
 
 def test_a_stranger_sees_nothing_of_another(server: Server, client: gradio_client.Client) -> None:

@@ -4,27 +4,21 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from optimum_calibprune import pocket
 from tests.hub_server import TOKEN
+from tests.space import large
+from tests.space.browsing import A_RUN, SOON, ask_for_little, button, opened, playwright, unfold
 from tests.space.server import Server, serve
 
 
-pytest.importorskip("gradio", reason="the Space needs gradio")
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")  # what Gradio says as its page goes
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("the browser tests need Chromium: apt-get install chromium", allow_module_level=True)
-
 SCREENSHOTS = Path(__file__).parents[2] / "runs" / "space"
-A_RUN = 400_000  # milliseconds
-SOON = 60_000
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1200, "height": 900}
 
@@ -37,10 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[playwright.Browser]:
-    with playwright.sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with opened() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -73,21 +65,15 @@ def visit(server: Server, browser: playwright.Browser) -> Iterator[Callable[...,
     assert errors == []
 
 
-def button(page: playwright.Page, name: str) -> playwright.Locator:
-    return page.get_by_role("button", name=name, exact=True)
-
-
-def unfold(page: playwright.Page, name: str) -> None:
-    page.get_by_role("button", name=name).click()  # its name ends with an arrow
-
-
-def ask_for_little(page: playwright.Page, sparsity: str = "50%") -> None:
-    """Few samples, and only one capability measured."""
+def choose_sparsity(page: playwright.Page, sparsity: str) -> None:
     page.locator("[id$=sparsity] input:visible").click()
     page.get_by_role("option", name=sparsity).click()
-    unfold(page, "More settings")
-    for name in ("commonsense", "code", "math"):
-        page.get_by_label(name, exact=True).uncheck()
+
+
+def model_files() -> dict[str, bytes]:
+    """Of a model on the Hub that is the pocket in all but its name."""
+    files = {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()}
+    return files | {"README.md": b"---\npipeline_tag: text-generation\nlibrary_name: transformers\n---\n"}
 
 
 def turn_to(page: playwright.Page, tab: str) -> None:
@@ -178,7 +164,7 @@ def test_the_newcomers_path_leads_to_the_figure_and_to_the_hub(server: Server, v
 @pytest.mark.parametrize("name", ["no such model", "../../etc", "<img src=x onerror=alert(1)>"])
 def test_a_bad_name_is_answered_in_one_sentence(visit: Callable, name: str) -> None:
     page = visit()
-    page.locator("#model textarea").fill(name)
+    page.locator("#model input").fill(name)
     button(page, "Prune").click()
     said = page.locator(".cp-error")
     said.wait_for(timeout=SOON)
@@ -187,6 +173,59 @@ def test_a_bad_name_is_answered_in_one_sentence(visit: Callable, name: str) -> N
     )
     playwright.expect(button(page, "Prune")).to_be_enabled()
     playwright.expect(button(page, "Stop")).to_be_hidden()
+
+
+def wait_for_choices(page: playwright.Page, *names: str) -> None:
+    listed = "[...document.querySelectorAll('[role=option]')].map(entry => entry.ariaLabel).join()"
+    page.wait_for_function(f"names => {listed} === names", arg=",".join(names), timeout=SOON)
+
+
+def test_models_of_the_hub_are_found_by_a_part_of_their_name(server: Server, visit: Callable) -> None:
+    for name in ("owner/other", "owner/tiny-story"):
+        server.hub.add_repo(name, model_files())
+    page = visit()
+    field = page.locator("#model input")
+    field.focus()
+    page.keyboard.type("own")
+    wait_for_choices(page, "pocket", "owner/other", "owner/tiny-story")
+    page.keyboard.type("er/t")
+    wait_for_choices(page, "pocket", "owner/tiny-story")  # the list, while it was open, lost all before its last
+    shoot(page, "search-light")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    playwright.expect(field).to_have_value("owner/tiny-story")
+    page.locator("#mix input").click()
+    page.get_by_role("option", name="c4: general alone").wait_for(timeout=SOON)  # a source for models of the Hub
+    page.get_by_role("option", name="self-cal").click()
+    button(page, "Show the plan").click()
+    page.get_by_text("42 linear layers").wait_for(timeout=SOON)
+    assert page.locator("code", has_text="self-cal").is_visible()
+
+    server.hub.fail_next("GET", "/api/models", 500, times=9)
+    field.focus()
+    page.keyboard.type("owner/other")
+    page.keyboard.press("Tab")
+    playwright.expect(page.get_by_label("Sparsity").first).to_be_focused()
+    page.wait_for_timeout(1000)  # in which a search would have opened its list again
+    assert page.locator("#model [role=option]:visible").count() == 0
+    playwright.expect(field).to_have_value("owner/other")
+    server.hub.forget_faults()
+    field.fill("x" * 2**20)
+    page.keyboard.press("x")
+    turn_to(page, "Compare mixes")
+    page.locator("#compare-model input").focus()
+    page.keyboard.type("oth")
+    page.get_by_role("option", name="owner/other").click()
+    mixes = page.locator("#mixes")
+    playwright.expect(mixes).not_to_contain_text("thealgorithms")  # a source for the pocket alone
+    playwright.expect(mixes).to_contain_text("gsm8k: math alone")
+    turn_to(page, "Big models")
+    page.locator("#big-model input").focus()
+    page.keyboard.type("oth")
+    page.get_by_role("option", name="owner/other").click()
+    button(page, "Show the command").click()
+    page.get_by_text("prune owner/other").wait_for(timeout=SOON)
+    assert {token for _, target, token in server.hub.requests if target.startswith("/api/models?")} == {None}
 
 
 def test_stop_stops(server: Server, visit: Callable) -> None:
@@ -256,10 +295,42 @@ def test_mixes_are_compared_side_by_side(server: Server, visit: Callable) -> Non
     server.wait_for_no_visitors()
 
 
+def test_a_large_model_is_estimated_and_started_elsewhere(server: Server, visit: Callable) -> None:
+    server.hub.add_repo("owner/large", {"config.json": large.config().encode()})
+    page = visit()
+    turn_to(page, "Big models")
+    shoot(page, "big-empty-light")
+    page.locator("#big-model input").fill("owner/large")
+    page.keyboard.press("Tab")
+    button(page, "Show the command").click()
+    page.get_by_text("calibprune prune owner/large").wait_for(timeout=SOON)
+    button(page, "Estimate").click()
+    page.get_by_text("8.0 billion parameters").wait_for(timeout=SOON)
+    assert page.locator(".cp-estimate tr").count() == 1 + 3
+    page.get_by_text("at most $").wait_for(timeout=SOON)
+    button(page, "Start the job").click()
+    page.get_by_text("Log in, or give a token").wait_for(timeout=SOON)
+    page.locator("#big-token input").fill(TOKEN)
+    button(page, "Start the job").click()
+    page.get_by_text("Name a repo to push to").wait_for(timeout=SOON)
+    page.locator("#big-repo textarea").fill("me/large-50")
+    button(page, "Start the job").click()
+    page.get_by_text("The job is started").wait_for(timeout=SOON)
+    [job] = server.hub.jobs.values()
+    assert job["secrets"] == {"HF_TOKEN": TOKEN}
+    button(page, "How is it going?").click()
+    page.get_by_text("The job is scheduling").wait_for(timeout=SOON)
+    shoot_all(page, "big")
+    button(page, "Cancel the job").click()
+    page.get_by_text("The job is cancelled").wait_for(timeout=SOON)
+    assert job["status"]["stage"] == "CANCELED"
+
+
 def test_two_visitors_at_once_see_their_own_result(visit: Callable) -> None:
     pages = {"30%": visit(), "70%": visit()}
     for sparsity, page in pages.items():
-        ask_for_little(page, sparsity)
+        choose_sparsity(page, sparsity)
+        ask_for_little(page)
         button(page, "Prune").click()
     playwright.expect(pages["70%"].get_by_text("Waiting for a turn")).to_be_visible()
     for sparsity, page in pages.items():

@@ -18,10 +18,13 @@ from tests.publishing.run_record import example
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
+import limits
 import runs
-from limits import Job
-from runs import sentence
+import tasks
+import watch
+from limits import Job, checked
 from visitors import Visitor, Visitors
+from watch import sentence
 
 
 QUICK = Job(samples=4, capabilities=("general",))
@@ -58,15 +61,32 @@ def test_a_run_ends_with_a_record_and_a_model_for_its_visitor_alone(tmp_path: Pa
     assert list(visitors.root.iterdir()) == list(visitors.files.iterdir()) == []
 
 
+@pytest.mark.parametrize("mix", limits.mixes(limits.POCKET))
+def test_each_mix_that_is_offered_has_a_plan_for_the_pocket(mix: str, tmp_path: Path) -> None:
+    asked = checked(limits.POCKET, mix, [], QUICK.sparsity, QUICK.samples, QUICK.capabilities)
+    text = runs.plan_of(asked, tmp_path)
+    assert "42 linear layers" in text
+    assert f"(`{mix}` of" in text
+
+
+@pytest.mark.parametrize("mix", ["sgs", "mixcal", "balanced"])  # others run elsewhere in these tests
+def test_mixes_of_other_kinds_run(mix: str, tmp_path: Path) -> None:
+    run = Visitors(tmp_path / "visitors", tmp_path / "files").prune("one", replace(QUICK, mix=mix))
+    while run.wait(1.0):
+        pass
+    assert run.error == ""
+    assert run.record.config.mix.kind == mix
+
+
 @pytest.mark.parametrize("stage", ["load", "read", "prune", "measure sparse"])
 def test_a_run_stops_in_every_stage(stage: str, tmp_path: Path) -> None:
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.prune("one", QUICK)
-    wait_until(lambda: runs.STAGES.index(run.stage) >= runs.STAGES.index(stage))
+    wait_until(lambda: watch.STAGES.index(run.stage) >= watch.STAGES.index(stage))
     assert visitors.stop("one")
     assert not run.wait(0)
     assert run.record is None
-    assert run.error == runs.STOPPED
+    assert run.error == watch.STOPPED
     assert list(visitors.root.iterdir()) == []
     assert not visitors.stop("one"), "there is none any more"
 
@@ -84,7 +104,7 @@ def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -
 
 
 def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.Run, "seconds", 0.01)
+    monkeypatch.setattr(runs.Run, "limit", 0.01)
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.prune("one", QUICK)
     wait_until(lambda: run.finished)
@@ -94,7 +114,7 @@ def test_a_run_that_takes_too_long_ends(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_run_that_does_not_look_at_the_clock_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    monkeypatch.setattr(runs.Run, "seconds", 0.01)
+    monkeypatch.setattr(runs.Run, "limit", 0.01)
     monkeypatch.setattr(runs, "GRACE", 0.01)
     monkeypatch.setattr(runs.PruneRun, "work", lambda run: released.wait(60))
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
@@ -109,13 +129,13 @@ def test_a_run_that_does_not_look_at_the_clock_is_given_up(tmp_path: Path, monke
 def test_a_comparison_measures_the_dense_model_once_and_keeps_records_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune, given = runs.CalibPruner.prune, []
+    prune, given = tasks.CalibPruner.prune, []
 
     def watched(pruner: Any, **options: Any) -> Any:
         given.append(options.get("dense_scores"))
         return prune(pruner, **options)
 
-    monkeypatch.setattr(runs.CalibPruner, "prune", watched)
+    monkeypatch.setattr(tasks.CalibPruner, "prune", watched)
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     jobs = [replace(QUICK, mix=mix) for mix in ("uniform", "single:gsm8k")]
     run = visitors.compare("one", jobs)
@@ -139,7 +159,7 @@ def test_a_comparison_that_is_stopped_keeps_what_was_finished(tmp_path: Path) ->
     run = visitors.compare("one", [replace(QUICK, mix=mix) for mix in ("uniform", "single:gsm8k", "cola")])
     wait_until(lambda: len(run.records) == 1)
     visitors.decline("one")
-    assert run.error == runs.STOPPED
+    assert run.error == watch.STOPPED
     assert len(visitors.records("one")) == 1
     assert list(visitors.root.iterdir()) == []
 
