@@ -10,7 +10,7 @@ import gradio as gr
 import limits
 import search
 from events import QUIET
-from limits import CAPABILITIES, POCKET, SAMPLES, SPARSITIES
+from limits import CAPABILITIES, POCKET, SAMPLES, SPARSITIES, WEIGHT_BYTES
 
 
 # What stands in a field, finished or not, once no key has changed it for a moment; until then what stood there `before`.
@@ -30,7 +30,7 @@ def model(prefix: str = "", here: bool = True) -> gr.Dropdown:
         label="Model",
         elem_id=f"{prefix}model",
         allow_custom_value=True,
-        info="'pocket' is bundled; or type a part of the name of a small public model"
+        info=f"'pocket' is bundled; or type a part of the name of a public model, up to {WEIGHT_BYTES / 2**30:.0f} GiB"
         if here
         else "owner/name; type a part of it",
     )

@@ -123,9 +123,8 @@ def big_view(root: Path, login: bool) -> None:
 def _form() -> tuple[list[gr.components.Component], gr.components.Component]:
     model = fields.model("big-", here=False)
     sparsity = gr.Dropdown(list(SPARSITIES), value="50%", label="Sparsity", elem_id="big-sparsity")
-    mix = gr.Radio(
-        [(f"{name}: {what}", name) for name, what in MIXES.items()], value="uniform", label="Calibration mix"
-    )
+    mixes = [(f"{name}: {what}", name) for name, what in MIXES.items()]
+    mix = gr.Dropdown(mixes, value="uniform", label="Calibration mix", elem_id="big-mix")
     repo = gr.Textbox(
         label="Push to", elem_id="big-repo", placeholder="you/name-50", max_length=96, info="needed for a job"
     )

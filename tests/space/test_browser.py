@@ -108,7 +108,7 @@ def fits(page: playwright.Page) -> bool:
 
 def test_the_newcomers_path_leads_to_the_figure_and_to_the_hub(server: Server, visit: Callable) -> None:
     page = visit()
-    shoot(page, "form-light")
+    shoot_all(page, "form")
     page.keyboard.press("Tab")
     button(page, "Prune").focus()
     page.keyboard.press("Enter")  # one key, no mouse
@@ -343,7 +343,6 @@ def test_two_visitors_at_once_see_their_own_result(visit: Callable) -> None:
 def test_the_form_fits_a_phone_and_has_a_dark_side(visit: Callable) -> None:
     page = visit("dark", PHONE)
     assert fits(page)
-    shoot(page, "form-dark-phone")
     unfold(page, "More settings")
     page.get_by_label("Samples").first.wait_for(timeout=SOON)
     assert fits(page)
