@@ -350,7 +350,7 @@ def test_every_canonical_solution_passes(items: dict[str, tuple[str, str]]) -> N
         (WrongReturns(), "failed: ", Limits()),
         (StartsWith("import os\nos._exit(0)"), "failed: EOFError: the program ended before its tests did", Limits()),
         (StartsWith("raise SystemExit(0)"), "failed: RuntimeError: SystemExit: 0", Limits()),
-        (StartsWith("while True: pass"), "out of processor time", Limits(processor_seconds=0.05)),
+        (StartsWith("while True: pass"), "out of processor time", Limits(processor_seconds=0.03)),
     ],
     ids=["wrong return", "exit", "SystemExit", "endless loop"],
 )
