@@ -27,7 +27,7 @@ from limits import (
 from push import upload
 from runs import Run, plan_of
 from visitors import Visitors
-from watch import EXPECTED, sentence
+from watch import sentence
 
 
 def endpoints(visitors: Visitors) -> None:
@@ -68,7 +68,7 @@ def endpoints(visitors: Visitors) -> None:
         """The answers of the dense and of the pruned model of this session, growing until they are finished."""
         with _refusals():
             run = visitors.answer(key_of(request), checked_question(prompt, new_tokens, temperature))
-            while run.wait(EVERY):
+            for _ in run.looks(EVERY):
                 yield run.texts["dense"], run.texts["sparse"]
             _finish(run)
         yield run.texts["dense"], run.texts["sparse"]
@@ -168,7 +168,9 @@ def _refusals() -> Iterator[None]:
     """What was refused is said in one sentence."""
     try:
         yield
-    except EXPECTED as error:
+    except gr.Error:
+        raise
+    except Exception as error:
         raise gr.Error(sentence(error), print_exception=False) from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 import figures
+from runs import Run
 from visitors import Visitors
 from watch import STOPPED
 
@@ -33,8 +34,10 @@ def key_of(request: gr.Request) -> str:
 
 @dataclass(frozen=True)
 class Desk:
-    """What each view has: buttons that start something, one that stops it, and a line that says how it goes."""
+    """What each view has: its kind of run, buttons that start something, one that stops it, and a line that says how it
+    goes."""
 
+    kind: type[Run]
     starts: tuple[gr.Button, ...]
     stop: gr.Button
     said: gr.HTML
@@ -68,7 +71,7 @@ class Desk:
 
         def wait(request: gr.Request) -> Update:
             if stoppable:
-                visitors.expect(key_of(request))
+                visitors.expect(key_of(request), self.kind)
             return self.busy(stoppable) | first
 
         clicked = button.click(wait, None, everything, queue=False, **QUIET)
@@ -77,7 +80,7 @@ class Desk:
 
     def on_stop(self, visitors: Visitors) -> None:
         def halt(request: gr.Request) -> Update:
-            visitors.decline(key_of(request))
+            visitors.decline(key_of(request), self.kind)
             return self.ready(STOPPED, "note")
 
         self.stop.click(halt, None, [*self.starts, self.stop, self.said], queue=False, **QUIET)

@@ -14,12 +14,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 from hardware import flavors
-from limits import HOURS, BigJob, checked_token, whole
+from limits import HOURS, POCKET, BigJob, checked_token, whole
+from optimum_calibprune import __version__
 
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 PACKAGE, TORCH = "optimum-calibprune[triton]", "torch>=2.10"  # as the head of examples/prune_job.py has it
 HERE = Path(__file__).parent
+OVER = ("COMPLETED", "CANCELED", "ERROR", "DELETED")  # stages
 OUTPUT = "/tmp/sparse"  # goes with the job; the result is pushed
 REFUSED = {
     401: "The Hub does not accept the token.",
@@ -31,9 +33,12 @@ REFUSED = {
 
 
 def package() -> str:
-    """What to install elsewhere: the wheel that lies in this Space, if one does, as before a release; else the release."""
+    """What to install elsewhere: the wheel that lies in this Space, if one does, as before a release; else the release that
+    runs here."""
     wheel, space = next(HERE.glob("*.whl"), None), os.environ.get("SPACE_ID")
-    return f"{PACKAGE} @ {ENDPOINT}/spaces/{space}/resolve/main/{wheel.name}" if wheel and space else PACKAGE
+    if wheel and space:
+        return f"{PACKAGE} @ {ENDPOINT}/spaces/{space}/resolve/main/{wheel.name}"
+    return f"{PACKAGE}=={__version__}"
 
 
 def launch(job: BigJob, flavor: str, hours: object, token: object) -> JobInfo:
@@ -47,12 +52,18 @@ def launch(job: BigJob, flavor: str, hours: object, token: object) -> JobInfo:
         raise ValueError(
             "Name a repo to push to: the disk of a job is gone when it ends, and the pruned model with it."
         )
+    if job.model == POCKET:
+        raise ValueError("The bundled 'pocket' needs no hardware for rent: prune it on this page.")
     allowed = [entry.name for entry in flavors()]
     if flavor not in allowed:
         raise ValueError(f"Unknown hardware {str(flavor)[:60]!r}; allowed: {', '.join(allowed)}.")
     command = ["uv", "run", "--no-project", "--with", package(), "--with", TORCH, *job.words(OUTPUT)]
     with _explained():
-        return HfApi(token=owner).run_job(
+        api = HfApi(token=owner)
+        api.create_repo(
+            job.repo, private=job.private or None, exist_ok=True
+        )  # else the job would find out last of all
+        return api.run_job(
             image=IMAGE, command=command, flavor=flavor, secrets={"HF_TOKEN": owner}, timeout=f"{ends}h"
         )
 

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import tempfile
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import httpx
 
-from optimum_calibprune import calibration_sources
+from optimum_calibprune import ModelShape, calibration_sources
 
 
 POCKET = "pocket"
@@ -35,6 +37,7 @@ LENGTH = 256  # tokens in a sample
 SOURCES = 8  # at once
 ITEMS = 20  # of each benchmark; the pocket's probes are measured as a whole
 WEIGHT_BYTES = 2**30  # of a model's checkpoint
+BLOCKS = 128  # of a model
 SECONDS = 900  # a run
 GRACE = 60  # seconds beyond that, after which one that does not stop is given up
 COMPARED = (2, 4)  # mixes at once; so many of a visitor's records are kept
@@ -226,21 +229,37 @@ def checked_repo(name: object) -> str:
 
 
 def check_size(model: str, revision: str | None = None) -> None:
-    """Asks the Hub, as nobody in particular, how large a model is; `ValueError` where it is too large or not there."""
+    """Asks the Hub, as nobody in particular, how large a model is, by its files and by its config, since files that lack do
+    not keep it from being made; `ValueError` where it is too large or not there."""
     if model == POCKET:
         return
     try:
-        files = list(HfApi(token=False).list_repo_tree(model, revision=revision))
+        files = list(HfApi(token=False).list_repo_tree(model, revision=revision, recursive=True))
+        with tempfile.TemporaryDirectory() as cache:
+            config = hf_hub_download(model, "config.json", revision=revision, cache_dir=cache, token=False)
+            blocks = _blocks(json.loads(Path(config).read_text(encoding="utf-8")))
+            size = sum(getattr(file, "size", 0) for file in files if file.path.endswith(".safetensors"))
+            if blocks <= BLOCKS:  # many would take long to make, even without weights
+                shape = ModelShape.from_pretrained(model, revision=revision, cache_dir=cache, token=False)
+                size = max(size, shape.weight_bytes)
     except (OSError, httpx.HTTPError) as error:
         raise ValueError(
             f"The Hub does not show a public model {model!r} here; look at its name, or take the bundled 'pocket'."
         ) from error
-    size = sum(getattr(file, "size", 0) for file in files if file.path.endswith(".safetensors"))
-    if size > WEIGHT_BYTES:
+    if size > WEIGHT_BYTES or blocks > BLOCKS:
+        large = f"{blocks:,} blocks" if blocks > BLOCKS else f"{size / 2**30:,.1f} GiB of weights"
         raise ValueError(
-            f"{model} has {size / 2**30:,.1f} GiB of weights; this page prunes up to {WEIGHT_BYTES / 2**30:.0f} GiB. "
+            f"{model} has {large}; this page prunes up to {WEIGHT_BYTES / 2**30:.0f} GiB, and {BLOCKS} blocks. "
             f"On your own machine: optimum-cli calibprune prune {model} --sparsity 50% --output pruned"
         )
+
+
+def _blocks(config: Any) -> int:
+    """How many blocks a config asks for, by all names that there are for that, wherever they stand."""
+    if not isinstance(config, dict):
+        return 0
+    own = [config[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if name in config]
+    return max([0, *(x for x in own if isinstance(x, int)), *map(_blocks, config.values())])
 
 
 def _model_name(given: object) -> str:

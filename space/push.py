@@ -7,7 +7,7 @@ import gradio as gr
 
 import figures
 from events import PRIVATE, key_of
-from limits import checked_repo
+from limits import checked_repo, checked_token
 from optimum_calibprune import push_folder
 from runs import PruneRun
 from visitors import Visitors
@@ -17,7 +17,8 @@ from watch import EXPECTED, sentence
 LOG_IN = ". Or log in at the top of the page, before you prune: it is loaded anew then"
 
 
-def push_form(visitors: Visitors, login: bool) -> None:
+def push_form(visitors: Visitors, login: bool) -> gr.HTML:
+    """The form; what it has said is returned, for a view to clear."""
     gr.Markdown("## Push it to the Hub")
     with gr.Row():
         repo = gr.Textbox(
@@ -45,7 +46,7 @@ def push_form(visitors: Visitors, login: bool) -> None:
     ) -> str:
         try:
             url = upload(visitors.result(key_of(request)), repo, token or owner, private, create_pr)
-        except EXPECTED as error:
+        except Exception as error:
             return figures.message(sentence(error), "error")
         return figures.link("Pushed", url)
 
@@ -55,16 +56,16 @@ def push_form(visitors: Visitors, login: bool) -> None:
         return push(repo, token, private, create_pr, request, oauth.token if oauth is not None else None)
 
     button.click(push_logged_in if login else push, [repo, token, private, create_pr], said, **PRIVATE)
+    return said
 
 
 def upload(run: PruneRun, repo: str, token: str | None, private: bool, create_pr: bool) -> str:
     """Pushes the model of a run; the address of the commit, or of the pull request."""
     name = checked_repo(repo)
-    if not token or not token.strip():  # never the token of this Space
-        raise ValueError("Log in, or give a token of yours that may write: nothing is pushed in another's name.")
+    owner = checked_token(token)  # never the token of this Space
     folder = run.folder / "model"
     try:
-        commit = push_folder(folder, name, private=True if private else None, token=token, create_pr=create_pr)
+        commit = push_folder(folder, name, private=True if private else None, token=owner, create_pr=create_pr)
     except EXPECTED as error:
         raise ValueError(sentence(error, folder)) from error
     return commit.pr_url or commit.commit_url

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ import tasks
 import zero
 from limits import GRACE, SECONDS, Job, check_size
 from optimum_calibprune import CalibPruner, RunRecord
-from watch import EXPECTED, TOO_LONG, UNEXPECTED, Stopped, Watch, sentence
+from watch import TOO_LONG, Watch, sentence
 
 
 Keep = Callable[[RunRecord], None]
+TURN = threading.Lock()  # of the one run that works, whatever the queue of the page lets through
 
 
 class Run(Watch):
@@ -34,6 +35,7 @@ class Run(Watch):
         self.folder = folder
         self.error = ""
         self.finished = False
+        self._has_turn = False
         asked = copy_context()  # in which ZeroGPU finds out who asks
         self._thread = threading.Thread(target=asked.run, args=(self._run,), name="run", daemon=True)
 
@@ -59,18 +61,27 @@ class Run(Watch):
             self._end(TOO_LONG.format(self.seconds))
         return not self.finished
 
+    def looks(self, every: float) -> Iterator[None]:
+        """A turn at each look at it, as long as it goes on. It ends when nobody looks any more."""
+        try:
+            while self.wait(every):
+                yield
+        finally:
+            self.end()
+
     def remove(self) -> None:
         """Removes all that it has written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self) -> None:
-        failed = UNEXPECTED
+        failed = ""
         try:
+            while not TURN.acquire(timeout=0.2):
+                self.check()
+            self._has_turn = True
+            self.restart_clock()
             self.work()
-            failed = ""
-        except Stopped as stopped:
-            failed = str(stopped)
-        except EXPECTED as error:
+        except Exception as error:
             failed = sentence(error, self.folder)
         finally:
             gc.collect()
@@ -80,6 +91,9 @@ class Run(Watch):
         self.error = self.error or error
         if self.error:
             self.remove()
+        if self._has_turn:
+            self._has_turn = False
+            TURN.release()
         self.finished = True
 
 
@@ -93,9 +107,9 @@ class PruneRun(Run):
         self.record: RunRecord | None = None
 
     def work(self) -> None:
-        self.record = zero.do(
-            self, _gpu_seconds(self.job, self.folder), tasks.prune, self.job, self.folder, self.shelf
-        )
+        record = zero.do(self, _gpu_seconds(self.job, self.folder), tasks.prune, self.job, self.folder)
+        tasks.pack(self, self.job, self.folder, self.shelf)
+        self.record = record
         self._keep(self.record)
 
     def remove(self) -> None:
@@ -131,5 +145,6 @@ def plan_of(job: Job, root: Path) -> str:
     check_size(job.model)
     with tempfile.TemporaryDirectory(dir=root) as cache:
         if zero.LENT:
-            return tasks.plan_text(zero.plan_of(job, Path(cache)))
+            asked = f" A GPU is asked for {zero.seconds_of(job, Path(cache))} s."
+            return tasks.plan_text(zero.plan_of(job, Path(cache))) + asked
         return tasks.plan_text(CalibPruner.from_pretrained(job.model, cache_dir=cache, **job.options).plan())

@@ -12,8 +12,8 @@ from optimum_calibprune import CalibPruner, Plan, RunRecord
 from watch import Watch
 
 
-def prune(watch: Watch, job: Job, folder: Path, shelf: Path) -> RunRecord:
-    """The record; the pruned model goes into `folder`, and an archive of it into `shelf`."""
+def prune(watch: Watch, job: Job, folder: Path) -> RunRecord:
+    """The record; the pruned model goes into `folder`."""
     check_size(job.model)
     watch.check()
     cache = folder / "downloads"
@@ -23,12 +23,17 @@ def prune(watch: Watch, job: Job, folder: Path, shelf: Path) -> RunRecord:
     record = pruner.prune(on_progress=watch.progress, cancelled=watch.check)
     watch.progress(0, 1, "save")
     pruner.save_pretrained(folder / "model")
-    shutil.rmtree(cache, ignore_errors=True)
+    return record
+
+
+def pack(watch: Watch, job: Job, folder: Path, shelf: Path) -> None:
+    """An archive of the pruned model goes into `shelf`."""
+    watch.progress(0, 1, "save")
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
     name = f"{job.model.split('/')[-1]}-{job.sparsity.strip('%').replace(':', 'of')}"
     shelf.mkdir(parents=True)
     shutil.make_archive(str(shelf / name), "zip", folder / "model")
     watch.progress(1, 1, "save")
-    return record
 
 
 def compare(watch: Watch, job: Job, folder: Path, dense: dict[str, Any]) -> tuple[RunRecord, dict[str, Any]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ import fields
 import figures
 import jobs
 from estimate import ASSUMED, Estimate, estimates, shape_of
-from events import PRIVATE
+from events import PRIVATE, QUIET
 from hardware import flavors
 from limits import BIG_SAMPLES, HOURS, MIXES, PROCESSES, SPARSITIES, checked_big, checked_token, whole
 from optimum_calibprune import ModelShape, calibration_sources
-from watch import EXPECTED, sentence
+from watch import sentence
 
 
+Cost = tuple[float, float]  # dollars an hour, hours at worst
+ESTIMATE = "What it takes stands here."
 LIGHT = {"concurrency_id": "estimate", "concurrency_limit": 1, **PRIVATE}
 ABOUT = """Models that do not fit into this page. Here you get the command for a machine of your own, and an estimate of what the run takes
 on one that Hugging Face rents out by the minute; from here you can start it there, too, on your own account."""
@@ -33,7 +37,7 @@ def big_view(root: Path, login: bool) -> None:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                form, processes = _form()
+                form, estimated, processes = _form()
                 with gr.Row():
                     show = gr.Button("Show the command")
                     look = gr.Button("Estimate", variant="primary")
@@ -45,7 +49,7 @@ def big_view(root: Path, login: bool) -> None:
                     interactive=False,
                     wrap_lines=True,
                 )
-                table = gr.HTML(figures.message("What it takes stands here."), padding=False)
+                table = gr.HTML(figures.message(ESTIMATE), padding=False)
         gr.Markdown("## Run it on Hugging Face Jobs")
         with gr.Row():
             flavor = gr.Dropdown(
@@ -65,62 +69,72 @@ def big_view(root: Path, login: bool) -> None:
             ask = gr.Button("How is it going?", visible=False)
             end = gr.Button("Cancel the job", variant="stop", visible=False)
         said = gr.HTML(padding=False)
-        job_id, prices = gr.State(""), gr.State({})
+        job_id, costs = gr.State(""), gr.State({})
 
-    def show_command(*values: Any) -> tuple[str, Any]:
+    def show_command(*values: Any) -> str:
         *asked, count = values
         try:
             typed = checked_big(*asked).command(whole("The number of GPUs", count, PROCESSES))
         except ValueError as error:
-            return "", figures.message(sentence(error), "error")
-        return f"pip install {shlex.quote(jobs.package())}\n{typed}\n", gr.skip()
+            return f"# {sentence(error)}"
+        return f"pip install {shlex.quote(jobs.package())}\n{typed}\n"
 
-    def estimate(owner: str | None, *values: Any) -> tuple[str, Any, Any, Any]:
+    def estimate(login: Login, *values: Any) -> tuple[str, dict[str, Cost], Any]:
         *asked, given = values
         try:
             job = checked_big(*asked)
-            shape = shape_of(job, checked_token(given or owner) if given or owner else None, root)
+            own = given or login.token
+            shape = shape_of(job, checked_token(own) if own else None, root)
             found = estimates(shape, flavors())
-        except EXPECTED as error:
-            return figures.message(sentence(error), "error"), gr.skip(), gr.skip(), gr.skip()
+        except Exception as error:
+            return no_estimate(figures.message(sentence(error), "error"))
         choices = [(f"{entry.flavor.name} ({entry.flavor.gpu})", entry.flavor.name) for entry in found]
-        limit = min(HOURS[1], math.ceil(2 * found[0].hours[1]))
-        known = {entry.flavor.name: entry.flavor.dollars_per_hour for entry in found}
-        return estimate_table(job.model, shape, found), known, fields.chosen_from(choices, value=choices[0][1]), limit
+        known = {entry.flavor.name: (entry.flavor.dollars_per_hour, entry.hours[1]) for entry in found}
+        return estimate_table(job.model, shape, found), known, fields.chosen_from(choices, value=choices[0][1])
 
-    def begin(owner: str | None, *values: Any) -> tuple[str, str, Any, Any]:
+    def begin(login: Login, *values: Any) -> tuple[str, Any, Any, Any, Any]:
         *asked, chosen, ends, given = values
         try:
-            started = jobs.launch(checked_big(*asked), chosen, ends, given or owner)
-        except EXPECTED as error:
-            return figures.message(sentence(error), "error"), "", gr.skip(), gr.skip()
+            job = checked_big(*asked)
+            if not given:
+                login.check(whole("The number of hours", ends, HOURS))
+            started = jobs.launch(job, chosen, ends, given or login.token)
+        except Exception as error:
+            return figures.message(sentence(error), "error"), gr.skip(), gr.skip(), gr.skip(), gr.skip()
         shown = gr.update(visible=True)
-        return _started(started.id, started.url), started.id, shown, shown
+        return _started(started.id, started.url), started.id, gr.update(interactive=False), shown, shown
 
-    def tell(owner: str | None, job: str, given: str) -> str:
+    def tell(login: Login, job: str, given: str) -> tuple[str, Any]:
         try:
-            found = jobs.state(job, given or owner)
-        except EXPECTED as error:
-            return figures.message(sentence(error), "error")
-        return figures.link(f"The job is {found.status.stage.lower()}", found.url)
+            found = jobs.state(job, given or login.token)
+        except Exception as error:
+            return figures.message(sentence(error), "error"), gr.skip()
+        stage = found.status.stage
+        over = gr.update(interactive=True) if stage in jobs.OVER else gr.skip()
+        return figures.link(f"State of the job: {stage.lower()}", found.url), over
 
-    def stop(owner: str | None, job: str, given: str) -> str:
+    def stop(login: Login, job: str, given: str) -> tuple[str, Any]:
         try:
-            jobs.cancel(job, given or owner)
-        except EXPECTED as error:
-            return figures.message(sentence(error), "error")
-        return figures.message("The job is cancelled.")
+            jobs.cancel(job, given or login.token)
+        except Exception as error:
+            return figures.message(sentence(error), "error"), gr.skip()
+        return figures.message("The job is cancelled."), gr.update(interactive=True)
 
-    show.click(show_command, [*form, processes], [command, table], **PRIVATE)
-    look.click(_as_owner(estimate, login), [*form, token], [table, prices, flavor, hours], **LIGHT)
+    show.click(show_command, [*form, processes], command, **PRIVATE)
+    look.click(_as_owner(estimate, login), [*form, token], [table, costs, flavor], **LIGHT)
+    for field in estimated:  # what the estimate was for
+        field.change(no_estimate, None, [table, costs, flavor], queue=False, **QUIET)
+    flavor.change(enough_hours, [costs, flavor], hours, **QUIET)
     for field in (flavor, hours):
-        field.change(most_it_costs, [prices, flavor, hours], at_most, show_progress="hidden", **PRIVATE)
-    start.click(_as_owner(begin, login), [*form, flavor, hours, token], [said, job_id, ask, end], **LIGHT)
-    ask.click(_as_owner(tell, login), [job_id, token], said, **PRIVATE)
-    end.click(_as_owner(stop, login), [job_id, token], said, **PRIVATE)
+        field.change(most_it_costs, [costs, flavor, hours], at_most, **QUIET)
+    # A second click would be a second job that its visitor pays.
+    start.click(_as_owner(begin, login), [*form, flavor, hours, token], [said, job_id, start, ask, end], **LIGHT)
+    ask.click(_as_owner(tell, login), [job_id, token], [said, start], **PRIVATE)
+    end.click(_as_owner(stop, login), [job_id, token], [said, start], **PRIVATE)
 
 
-def _form() -> tuple[list[gr.components.Component], gr.components.Component]:
+def _form() -> tuple[list[gr.components.Component], list[gr.components.Component], gr.components.Component]:
+    """The fields of a run elsewhere, those of them that decide what it takes, and how many GPUs the command is for."""
     model = fields.model("big-", here=False)
     sparsity = gr.Dropdown(list(SPARSITIES), value="50%", label="Sparsity", elem_id="big-sparsity")
     mixes = [(f"{name}: {what}", name) for name, what in MIXES.items()]
@@ -135,7 +149,8 @@ def _form() -> tuple[list[gr.components.Component], gr.components.Component]:
         samples = gr.Slider(*BIG_SAMPLES, value=128, step=1, label="Samples", info="of up to 2,048 tokens")
         measure = gr.Checkbox(True, label="Measure capabilities, where the model fits into memory")
         processes = gr.Slider(*PROCESSES, value=1, step=1, label="GPUs of your machine")
-    return [model, mix, sources, sparsity, samples, measure, repo, private], processes
+    estimated = [model, mix, sources, sparsity, samples, measure]
+    return [*estimated, repo, private], estimated, processes
 
 
 def estimate_table(model: str, shape: ModelShape, found: Sequence[Estimate]) -> str:
@@ -156,7 +171,7 @@ def _row(entry: Estimate) -> str:
     return (
         f"<tr><th scope='row'>{escape(entry.flavor.name)}<br><small>{escape(gpu)}</small></th>"
         f"<td>{entry.gpu_bytes / 1e9:,.0f} GB<br><small>{where}</small></td>"
-        f"<td>{_between(*entry.hours, '{:,.1f}')}</td><td>{_between(*entry.dollars, '${:,.2f}')}</td></tr>"
+        f"<td>{_between(*entry.hours, '{:,.1f}')}</td><td>{_between(*entry.dollars, '{:,.2f}')}</td></tr>"
     )
 
 
@@ -164,13 +179,27 @@ def _between(low: float, high: float, form: str) -> str:
     return f"{form.format(low)} to {form.format(high)}"
 
 
-def most_it_costs(prices: dict[str, float], flavor: str | None, hours: float) -> str:
+def no_estimate(text: str = figures.message(ESTIMATE)) -> tuple[str, dict[str, Cost], Any]:
+    """A text in its place, and no hardware to choose from."""
+    return text, {}, gr.update(choices=[], value=None)
+
+
+def enough_hours(costs: dict[str, Cost], flavor: str | None) -> Any:
+    """Twice what the run takes at worst, so that no job is ended, and paid, without a result."""
+    return min(HOURS[1], math.ceil(2 * costs[flavor][1])) if flavor in costs else gr.skip()
+
+
+def most_it_costs(costs: dict[str, Cost], flavor: str | None, hours: float) -> str:
     """What a job is ended at, in hours and dollars."""
-    if flavor not in prices:
+    if flavor not in costs:
         return ""
-    price = prices[flavor]
-    cost = f"${price * hours:,.2f} at ${price:,.2f} an hour"
-    return figures.message(f"Ended after {hours:g} hours at the latest: at most {cost}, on your account.")
+    price, worst = costs[flavor]
+    text = f"Ended after {hours:g} hours at the latest: at most ${price * hours:,.2f} at ${price:,.2f} an hour, on your account."
+    if hours < worst:
+        return figures.message(
+            f"{text} It may take {worst:,.1f} hours, and would be ended, and paid, without a result.", "error"
+        )
+    return figures.message(text)
 
 
 def _started(job_id: str, url: str) -> str:
@@ -179,13 +208,29 @@ def _started(job_id: str, url: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Login:
+    """The token of a visitor who has logged in, or none, and until when it is good (seconds since 1970)."""
+
+    token: str | None = None
+    expires_at: float = 0.0
+
+    def check(self, hours: int) -> None:
+        """`ValueError` where it ends before a job of so many hours, which pushes last of all."""
+        if self.token and self.expires_at < time.time() + 3600 * hours:
+            raise ValueError(
+                f"Your login ends before {hours} hours are over, and the job could not push its result. Log in again, ask for "
+                "fewer hours, or give a token of yours."
+            )
+
+
 def _as_owner(handler: Callable[..., Any], login: bool) -> Callable[..., Any]:
-    """The handler with the token of the visitor who has logged in, or with None, before the other values."""
+    """The handler with the login of its visitor before the other values."""
 
     def logged_in(oauth: gr.OAuthToken | None, *values: Any) -> Any:
-        return handler(oauth.token if oauth is not None else None, *values)
+        return handler(Login(oauth.token, oauth.expires_at) if oauth is not None else Login(), *values)
 
     def nobody(*values: Any) -> Any:
-        return handler(None, *values)
+        return handler(Login(), *values)
 
     return logged_in if login else nobody

@@ -40,7 +40,7 @@ def compare_view(visitors: Visitors) -> None:
             with gr.Accordion("All scores", open=False):
                 table = gr.HTML(padding=False)
             clear = gr.Button("Forget these runs", size="sm")
-    desk = Desk((go, clear), stop, said)
+    desk = Desk(CompareRun, (go, clear), stop, said)
     shown = [summary, bars, table, more]
 
     def side_by_side(key: str) -> Update:
@@ -62,7 +62,7 @@ def compare_view(visitors: Visitors) -> None:
             yield desk.ended(sentence(error))
             return
         finished = 0
-        while run.wait(EVERY):
+        for _ in run.looks(EVERY):
             found = side_by_side(key) if len(run.records) > finished else {}
             finished = len(run.records)
             yield {said: _progress(run, finished)} | found

@@ -16,7 +16,10 @@ from optimum_calibprune import calibration_sources
 from push import push_form
 from runs import PruneRun, plan_of
 from visitors import Visitors
-from watch import EXPECTED, sentence
+from watch import sentence
+
+
+BEGINNING = "Plan and progress stand here. A run ends with this tab; its result is kept for an hour at most."
 
 
 def prune_view(visitors: Visitors, login: bool) -> None:
@@ -30,11 +33,11 @@ def prune_view(visitors: Visitors, login: bool) -> None:
                     stop = gr.Button("Stop", variant="stop", visible=False)
             with gr.Column(scale=3, min_width=300):
                 plan = gr.Markdown("")
-                said = gr.HTML(figures.message("Plan and progress stand here."), padding=False)
+                said = gr.HTML(figures.message(BEGINNING), padding=False)
         with gr.Column(visible=False) as result:
             shown = _result()
-            push_form(visitors, login)
-    desk = Desk((go, look), stop, said)
+            pushed = push_form(visitors, login)
+    desk = Desk(PruneRun, (go, look), stop, said)
 
     def prune(request: gr.Request, *values: Any) -> Iterator[Update]:
         try:
@@ -42,10 +45,10 @@ def prune_view(visitors: Visitors, login: bool) -> None:
         except ValueError as error:
             yield desk.ended(sentence(error))
             return
-        while run.wait(EVERY):
+        for _ in run.looks(EVERY):
             yield {plan: run.plan_text, said: figures.progress(run.stage, run.done, run.total, run.detail)}
         if run.error:
-            yield desk.ended(run.error)
+            yield desk.ended(run.error) | {result: gr.update(visible=visitors.has_result(key_of(request)))}
             return
         found = {shown[name]: value for name, value in _shown(run).items()}
         yield (
@@ -57,7 +60,7 @@ def prune_view(visitors: Visitors, login: bool) -> None:
     def show_plan(*values: Any) -> Update:
         try:
             text = plan_of(checked(*values), visitors.root)
-        except EXPECTED as error:
+        except Exception as error:
             return desk.ready(sentence(error))
         return desk.ready("This is the plan; press Prune to go on.", "note") | {plan: text}
 
@@ -65,9 +68,9 @@ def prune_view(visitors: Visitors, login: bool) -> None:
         go,
         prune,
         form,
-        [plan, result, *shown.values()],
+        [plan, result, pushed, *shown.values()],
         visitors=visitors,
-        first={plan: "", result: gr.update(visible=False)},
+        first={plan: "", result: gr.update(visible=False), pushed: ""},
     )
     desk.on_click(look, show_plan, form, [plan], visitors=visitors, first={plan: ""}, stoppable=False)
     desk.on_stop(visitors)

@@ -37,13 +37,13 @@ def try_view(visitors: Visitors) -> None:
         with gr.Row():
             go = gr.Button("Answer", variant="primary")
             stop = gr.Button("Stop", variant="stop", visible=False)
-        said = gr.HTML(padding=False)
+        said, asked = gr.HTML(padding=False), gr.State("")  # the result that the answers are of
         with gr.Row():
             answers = {}
             for state in STATES:
                 with gr.Column(min_width=300):  # under each other on a phone
                     answers[state] = gr.HTML(padding=False)
-    desk = Desk((go,), stop, said)
+    desk = Desk(AnswerRun, (go,), stop, said)
 
     def side_by_side(run: AnswerRun) -> Update:
         texts = [run.texts[state] for state in STATES]
@@ -58,21 +58,24 @@ def try_view(visitors: Visitors) -> None:
         except ValueError as error:
             yield desk.ended(sentence(error))
             return
-        while run.wait(EVERY):
+        for _ in run.looks(EVERY):
             yield side_by_side(run) | {said: figures.message("Both models answer.")}
         ended = desk.ended(run.error) if run.error else desk.ready("Done.", "note")
         yield ended | side_by_side(run)
 
-    def look(request: gr.Request) -> str:
+    def look(before: str, request: gr.Request) -> Update:
         try:
             result = visitors.result(key_of(request))
         except ValueError:
-            return figures.message(NOTHING)
-        return figures.message(f"{result.job.model}: dense, and at {result.job.sparsity} sparsity.")
+            text, name = NOTHING, ""
+        else:
+            text, name = f"{result.job.model}: dense, and at {result.job.sparsity} sparsity.", result.folder.name
+        known = {about: figures.message(text), asked: name}
+        return known if name == before else known | dict.fromkeys((said, *answers.values()), "")
 
     desk.on_click(
         go, answer, [prompt, new_tokens, temperature], [*answers.values()], visitors=visitors,
         first=dict.fromkeys(answers.values(), ""),
     )  # fmt: skip
     desk.on_stop(visitors)
-    tab.select(look, None, about, queue=False, **QUIET)
+    tab.select(look, asked, [about, asked, said, *answers.values()], queue=False, **QUIET)

@@ -44,34 +44,38 @@ class Visitors:
     def __init__(self, root: Path, files: Path) -> None:
         self.root, self.files = root, files
         self._visitors: dict[str, Visitor] = {}
-        self._declined: set[str] = set()
+        self._declined: dict[tuple[str, type[Run]], float] = {}  # what is not wanted any more, since when
         self._lock = threading.Lock()
         shutil.rmtree(root, ignore_errors=True)  # of a server that was killed
         root.mkdir(parents=True, mode=0o700)
 
     def prune(self, key: str, job: Job) -> PruneRun:
-        """A new run of a visitor, in place of the result before; `ValueError` while another run is going on."""
+        """A new run of a visitor, whose result takes the place of the one before; `ValueError` while another run is going on."""
 
         def make(visitor: Visitor) -> PruneRun:
-            if visitor.pruned is not None:
-                visitor.pruned.remove()
-            visitor.pruned = PruneRun(job, self._folder(), self.files / secrets.token_urlsafe(16), visitor.keep)
-            return visitor.pruned
+            def keep(record: RunRecord) -> None:
+                visitor.keep(record)
+                before, visitor.pruned = visitor.pruned, run
+                if before is not None:
+                    before.remove()
 
-        return self._begin(key, make)
+            run = PruneRun(job, self._folder(), self.files / secrets.token_urlsafe(16), keep)
+            return run
+
+        return self._begin(key, PruneRun, make)
 
     def compare(self, key: str, jobs: Sequence[Job]) -> CompareRun:
         """A new comparison of a visitor; `ValueError` as above."""
-        return self._begin(key, lambda visitor: CompareRun(jobs, self._folder(), visitor.keep))
+        return self._begin(key, CompareRun, lambda visitor: CompareRun(jobs, self._folder(), visitor.keep))
 
     def answer(self, key: str, question: Question) -> AnswerRun:
         """A visitor's question to their result and to its dense model; `ValueError` as above, and without a result."""
         result = self.result(key)
-        return self._begin(key, lambda _: AnswerRun(question, result))
+        return self._begin(key, AnswerRun, lambda _: AnswerRun(question, result))
 
-    def _begin(self, key: str, make: Callable[[Visitor], R]) -> R:
+    def _begin(self, key: str, kind: type[R], make: Callable[[Visitor], R]) -> R:
         self._forget_old()
-        if key in self._declined:
+        if (key, kind) in self._declined:
             raise ValueError(STOPPED)
         with self._lock:
             visitor = self._visitors.setdefault(key, Visitor())
@@ -93,6 +97,10 @@ class Visitors:
         visitor.seen = time.monotonic()
         return visitor.pruned
 
+    def has_result(self, key: str) -> bool:
+        visitor = self._visitors.get(key)
+        return visitor is not None and visitor.pruned is not None
+
     def records(self, key: str) -> list[RunRecord]:
         """Of the latest finished runs of a visitor."""
         visitor = self._visitors.get(key)
@@ -111,19 +119,25 @@ class Visitors:
         run.stop()
         return True
 
-    def expect(self, key: str) -> None:
-        """A visitor asks for a run, whose turn comes later."""
-        self._declined.discard(key)
+    def expect(self, key: str, kind: type[Run]) -> None:
+        """A visitor asks for a run of this kind, whose turn comes later."""
+        self._declined.pop((key, kind), None)
 
-    def decline(self, key: str) -> None:
-        """A visitor does not want it any more, whether its turn has come or not."""
-        if not self.stop(key):
-            self._declined.add(key)
+    def decline(self, key: str, kind: type[Run]) -> None:
+        """A visitor does not want it any more, whether its turn has come or not. Runs of other kinds go on."""
+        visitor = self._visitors.get(key)
+        if visitor is None or not isinstance(visitor.run, kind) or not self.stop(key):
+            self._declined[key, kind] = time.monotonic()
 
     def leave(self, key: str) -> None:
+        """A visitor goes, and all that is theirs; what of it waits for its turn does not begin."""
+        with self._lock:
+            self._declined |= {(key, kind): time.monotonic() for kind in (PruneRun, CompareRun, AnswerRun)}
+        self._remove(key)
+
+    def _remove(self, key: str) -> None:
         """Stops what a visitor has running, and removes their folders."""
         with self._lock:
-            self._declined.discard(key)
             visitor = self._visitors.pop(key, None)
         for run in (visitor.run, visitor.pruned) if visitor is not None else ():
             if run is not None:
@@ -133,12 +147,14 @@ class Visitors:
     def close(self) -> None:
         """All leave, as the server ends."""
         for key in list(self._visitors):
-            self.leave(key)
+            self._remove(key)
 
     def _forget_old(self) -> None:
         """Those who have not come back for long, and of the others who have a result all but the latest."""
         limit = time.monotonic() - KEPT_SECONDS
+        with self._lock:
+            self._declined = {entry: since for entry, since in self._declined.items() if since >= limit}
         latest = sorted(self._visitors.items(), key=lambda entry: entry[1].seen, reverse=True)
         done = [key for key, visitor in latest if visitor.run is not None and visitor.run.finished]
         for key in {key for key, visitor in latest if visitor.seen < limit} | set(done[KEPT_RESULTS:]):
-            self.leave(key)
+            self._remove(key)

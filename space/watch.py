@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ class Watch:
 
 
 def sentence(error: BaseException, folder: Path | None = None) -> str:
-    """An error as one sentence or two, without a path of this machine."""
+    """An error as one sentence or two, without a path of this machine. What nobody expected goes to the log."""
+    if not isinstance(error, (Stopped, *EXPECTED)):
+        traceback.print_exception(error)
+        return UNEXPECTED
     text = " ".join(str(error).split()) or type(error).__name__
     if folder is not None:
         text = text.partition(f" {folder}")[0]

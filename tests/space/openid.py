@@ -19,7 +19,7 @@ from tests.hub_server import STRANGER_TOKEN, USERS, HubError, HubServer, Reply, 
 
 CLIENT = {"OAUTH_CLIENT_ID": "the-space", "OAUTH_CLIENT_SECRET": "a-secret-of-the-space"}
 TOKENS = {str(user): header.removeprefix("Bearer ") for header, user in USERS.items() if header is not None}
-LIVES = 3600  # seconds, of a token
+LIVES = 5 * 3600  # seconds, of a login
 
 
 @dataclass

@@ -316,14 +316,24 @@ def test_a_large_model_is_estimated_and_started_elsewhere(server: Server, visit:
     page.locator("#big-repo textarea").fill("me/large-50")
     button(page, "Start the job").click()
     page.get_by_text("The job is started").wait_for(timeout=SOON)
+    playwright.expect(button(page, "Start the job")).to_be_disabled()  # a second click would be a second job
     [job] = server.hub.jobs.values()
     assert job["secrets"] == {"HF_TOKEN": TOKEN}
     button(page, "How is it going?").click()
-    page.get_by_text("The job is scheduling").wait_for(timeout=SOON)
+    page.get_by_text("State of the job: scheduling").wait_for(timeout=SOON)
     shoot_all(page, "big")
     button(page, "Cancel the job").click()
     page.get_by_text("The job is cancelled").wait_for(timeout=SOON)
     assert job["status"]["stage"] == "CANCELED"
+    page.locator("#big-repo textarea").fill("no such repo")
+    button(page, "Start the job").click()
+    page.get_by_text("is no name of a repo").wait_for(timeout=SOON)
+    button(page, "How is it going?").click()
+    page.get_by_text("State of the job: canceled").wait_for(timeout=SOON)
+    page.locator("#big-sparsity input").click()
+    page.get_by_role("option", name="2:4").click()
+    page.get_by_text("What it takes stands here").wait_for(timeout=SOON)  # another run, another estimate
+    playwright.expect(page.locator("#flavor input")).to_have_value("")
 
 
 def test_two_visitors_at_once_see_their_own_result(visit: Callable) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from optimum_calibprune import ModelShape
+from optimum_calibprune import ModelShape, __version__
 from optimum_calibprune.cli import PruneCommand
 from tests.hub_server import OWNER, STRANGER_TOKEN, TOKEN, HubServer
 from tests.publishing.pushing import process
@@ -166,6 +166,7 @@ def test_a_job_is_started_looked_after_and_cancelled(hub: HubServer, there: Call
     url = there(_launched, JOB, "a100-large", 3, TOKEN)
     [(job_id, job)] = hub.jobs.items()
     assert url == f"{hub.url}/jobs/{OWNER}/{job_id}"
+    assert ("model", JOB.repo) in hub.repos, "which the job may push to, or would have failed at once"
     assert job["flavor"] == "a100-large"
     assert job["timeoutSeconds"] == 3 * 3600
     assert job["secrets"] == {"HF_TOKEN": TOKEN}
@@ -187,13 +188,13 @@ def test_jobs_install_what_the_example_installs() -> None:
 def test_before_a_release_jobs_install_the_wheel_of_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "HERE", tmp_path)
     monkeypatch.setenv("SPACE_ID", "owner/calibprune")
-    assert jobs.package() == "optimum-calibprune[triton]"
+    assert jobs.package() == f"optimum-calibprune[triton]=={__version__}"
     (tmp_path / "optimum_calibprune-1.0-py3-none-any.whl").touch()
     found = Requirement(jobs.package())
     assert (found.name, found.extras) == ("optimum-calibprune", {"triton"})
     assert found.url.endswith("/spaces/owner/calibprune/resolve/main/optimum_calibprune-1.0-py3-none-any.whl")
     monkeypatch.delenv("SPACE_ID")
-    assert jobs.package() == "optimum-calibprune[triton]"
+    assert jobs.package() == f"optimum-calibprune[triton]=={__version__}"
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,7 @@ def test_before_a_release_jobs_install_the_wheel_of_the_space(tmp_path: Path, mo
         (JOB, "h200", 99, TOKEN, "1 to 24"),
         (JOB, "x" * 2**20, 4, TOKEN, "Unknown hardware"),
         (BigJob("owner/large"), "h200", 4, TOKEN, "Name a repo to push to"),
+        (replace(JOB, model="pocket"), "h200", 4, TOKEN, "prune it on this page"),
     ],
 )
 def test_what_is_refused_is_one_sentence_without_the_token(

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 import optimum_calibprune
 from tests.hub_server import HubServer
 from tests.publishing.pushing import process
+from tests.space import large
 
 
 SPACE = Path(__file__).parents[2] / "space"
@@ -160,14 +162,22 @@ def _size(model: str, allowed: int) -> str:
 
 
 def test_size_is_asked_before_anything_is_loaded(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 99}
+    config = LlamaConfig(**small, num_hidden_layers=2).to_json_string().encode()
+    deep = LlamaConfig(**small, num_hidden_layers=3000).to_json_string().encode()
+    weights = {"a.safetensors": b"0" * 60_000, "sub/b.safetensors": b"0" * 60_000, "c.bin": b"0" * 9_000_000}
     with HubServer() as hub:
-        hub.add_repo("owner/name", {"a.safetensors": b"0" * 600, "b.safetensors": b"0" * 600, "c.bin": b"0" * 9000})
-        hub.add_repo("owner/secret", {"a.safetensors": b"0"}, private=True)
+        hub.add_repo("owner/name", weights | {"config.json": config})
+        hub.add_repo("owner/secret", {"a.safetensors": b"0", "config.json": config}, private=True)
+        hub.add_repo("owner/wide", {"a.safetensors": b"0", "config.json": large.config().encode()})
+        hub.add_repo("owner/deep", {"a.safetensors": b"0", "config.json": deep})
         with process(hub.environment(tmp_path)) as there:
-            assert there(_size, "owner/name", 1200) == "fits"
-            assert "owner/name has 0.0 GiB of weights; this page prunes up to" in there(_size, "owner/name", 1199)
+            assert there(_size, "owner/name", 120_000) == "fits"
+            assert "owner/name has 0.0 GiB of weights; this page prunes up to" in there(_size, "owner/name", 119_999)
+            assert "owner/wide has 15.0 GiB of weights" in there(_size, "owner/wide", 2**30), "whatever its files have"
+            assert "owner/deep has 3,000 blocks" in there(_size, "owner/deep", 2**30)
             for hidden in ("owner/secret", "owner/none"):  # the token of the server opens no door for visitors
-                assert there(_size, hidden, 1200).startswith(f"The Hub does not show a public model {hidden!r}")
+                assert there(_size, hidden, 2**30).startswith(f"The Hub does not show a public model {hidden!r}")
 
 
 @pytest.mark.parametrize("path", sorted(SPACE.glob("*.py")), ids=lambda path: path.name)
@@ -179,7 +189,7 @@ def test_the_space_uses_public_names_and_holds_no_algorithm(path: Path) -> None:
         if isinstance(node, ast.Import):
             roots |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "optimum_calibprune":
-            assert {alias.name for alias in node.names} <= set(optimum_calibprune.__all__)
+            assert {alias.name for alias in node.names} <= {*optimum_calibprune.__all__, "__version__"}
         elif isinstance(node, ast.ImportFrom):
             roots.add((node.module or "").split(".")[0])
     assert not roots & {"optimum_calibprune", "torch", "transformers", "numpy", "datasets", "lm_eval"}

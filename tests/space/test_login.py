@@ -82,7 +82,7 @@ def test_visitors_log_in_push_in_their_own_name_and_log_out(server: Server, brow
     prune_a_little(stranger)
     stranger.locator("#repo textarea").fill("me/of-nobody")
     button(stranger, "Push").click()
-    stranger.get_by_text("Log in, or give a token of yours that may write").wait_for(timeout=SOON)
+    stranger.get_by_text("Log in, or give a token of yours").wait_for(timeout=SOON)
     assert ("model", "me/of-nobody") not in hub.repos
 
     prune_a_little(page)
@@ -98,7 +98,7 @@ def test_visitors_log_in_push_in_their_own_name_and_log_out(server: Server, brow
     prune_a_little(page)
     page.locator("#repo textarea").fill("me/after-logging-out")
     button(page, "Push").click()
-    page.get_by_text("Log in, or give a token of yours that may write").wait_for(timeout=SOON)
+    page.get_by_text("Log in, or give a token of yours").wait_for(timeout=SOON)
     assert ("model", "me/after-logging-out") not in hub.repos
 
 
@@ -110,6 +110,14 @@ def test_a_visitor_who_has_logged_in_starts_jobs_of_their_own(server: Server, br
     page.locator("#big-repo textarea").fill("me/large-50")
     button(page, "Estimate").click()
     page.get_by_text("billion parameters").wait_for(timeout=SOON)
+    hours = page.get_by_label("number input for Hours")
+    hours.fill("24")
+    hours.press("Enter")
+    page.get_by_text("Ended after 24 hours").wait_for(timeout=SOON)
+    button(page, "Start the job").click()
+    page.get_by_text("Your login ends before 24 hours are over").wait_for(timeout=SOON)
+    hours.fill("3")
+    hours.press("Enter")
     button(page, "Start the job").click()
     page.get_by_text("The job is started").wait_for(timeout=SOON)
     [job] = server.hub.jobs.values()

@@ -93,13 +93,50 @@ def test_a_run_stops_in_every_stage(stage: str, tmp_path: Path) -> None:
 
 def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -> None:
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
-    visitors.expect("one")
-    visitors.decline("one")
+    visitors.expect("one", runs.PruneRun)
+    visitors.decline("one", runs.PruneRun)
     with pytest.raises(ValueError, match="was stopped"):
         visitors.prune("one", QUICK)
-    visitors.expect("one")
+    visitors.expect("one", runs.PruneRun)
     visitors.prune("one", QUICK)
-    visitors.decline("one")
+    visitors.decline("one", runs.PruneRun)
+    assert list(visitors.root.iterdir()) == []
+
+
+def test_what_one_view_declines_is_none_of_another(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    run = visitors.prune("one", QUICK)
+    visitors.decline("one", runs.CompareRun)
+    assert not run.finished
+    visitors.decline("one", runs.PruneRun)
+    assert run.error == watch.STOPPED
+    with pytest.raises(ValueError, match="was stopped"):
+        visitors.compare("one", [QUICK])
+    visitors.leave("one")
+
+
+def test_what_waits_for_its_turn_does_not_begin_when_its_visitor_has_left(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    visitors.leave("one")
+    with pytest.raises(ValueError, match="was stopped"):
+        visitors.prune("one", QUICK)
+    assert list(visitors.root.iterdir()) == []
+
+
+def test_one_run_works_at_a_time_and_one_that_nobody_looks_at_ends(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    first, second = visitors.prune("one", QUICK), visitors.prune("two", QUICK)
+    looks = first.looks(0.1)
+    next(looks)
+    wait_until(lambda: first.stage != "load")
+    assert second.stage == "load"
+    assert second.plan_text == ""
+    looks.close()
+    wait_until(lambda: first.finished)
+    assert first.error == watch.STOPPED
+    wait_until(lambda: second.finished)
+    assert second.record is not None
+    visitors.close()
     assert list(visitors.root.iterdir()) == []
 
 
@@ -158,7 +195,7 @@ def test_a_comparison_that_is_stopped_keeps_what_was_finished(tmp_path: Path) ->
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.compare("one", [replace(QUICK, mix=mix) for mix in ("uniform", "single:gsm8k", "cola")])
     wait_until(lambda: len(run.records) == 1)
-    visitors.decline("one")
+    visitors.decline("one", runs.CompareRun)
     assert run.error == watch.STOPPED
     assert len(visitors.records("one")) == 1
     assert list(visitors.root.iterdir()) == []
