@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tasks
+import work
 import zero
 from limits import GRACE, SECONDS, Job, check_size
 from optimum_calibprune import CalibPruner, RunRecord
@@ -107,8 +107,8 @@ class PruneRun(Run):
         self.record: RunRecord | None = None
 
     def work(self) -> None:
-        record = zero.do(self, _gpu_seconds(self.job, self.folder), tasks.prune, self.job, self.folder)
-        tasks.pack(self, self.job, self.folder, self.shelf)
+        record = zero.do(self, _gpu_seconds(self.job, self.folder), work.prune, self.job, self.folder)
+        work.pack(self, self.job, self.folder, self.shelf)
         self.record = record
         self._keep(self.record)
 
@@ -130,7 +130,7 @@ class CompareRun(Run):
         dense: dict[str, Any] = {}
         for job in self.jobs:
             self.restart_clock()
-            record, dense = zero.do(self, _gpu_seconds(job, self.folder), tasks.compare, job, self.folder, dense)
+            record, dense = zero.do(self, _gpu_seconds(job, self.folder), work.compare, job, self.folder, dense)
             self.records.append(record)
             self._keep(record)
         self.remove()
@@ -146,5 +146,5 @@ def plan_of(job: Job, root: Path) -> str:
     with tempfile.TemporaryDirectory(dir=root) as cache:
         if zero.LENT:
             asked = f" A GPU is asked for {zero.seconds_of(job, Path(cache))} s."
-            return tasks.plan_text(zero.plan_of(job, Path(cache))) + asked
-        return tasks.plan_text(CalibPruner.from_pretrained(job.model, cache_dir=cache, **job.options).plan())
+            return work.plan_text(zero.plan_of(job, Path(cache))) + asked
+        return work.plan_text(CalibPruner.from_pretrained(job.model, cache_dir=cache, **job.options).plan())

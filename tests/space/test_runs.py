@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "space"))
 
 import limits
 import runs
-import tasks
 import watch
+import work
 from limits import Job, checked
 from visitors import Visitor, Visitors
 from watch import sentence
@@ -166,13 +166,13 @@ def test_a_run_that_does_not_look_at_the_clock_is_given_up(tmp_path: Path, monke
 def test_a_comparison_measures_the_dense_model_once_and_keeps_records_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune, given = tasks.CalibPruner.prune, []
+    prune, given = work.CalibPruner.prune, []
 
     def watched(pruner: Any, **options: Any) -> Any:
         given.append(options.get("dense_scores"))
         return prune(pruner, **options)
 
-    monkeypatch.setattr(tasks.CalibPruner, "prune", watched)
+    monkeypatch.setattr(work.CalibPruner, "prune", watched)
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     jobs = [replace(QUICK, mix=mix) for mix in ("uniform", "single:gsm8k")]
     run = visitors.compare("one", jobs)
