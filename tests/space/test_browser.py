@@ -160,6 +160,16 @@ def test_the_newcomers_path_leads_to_the_figure_and_to_the_hub(server: Server, v
     page.get_by_text("Done.", exact=True).wait_for(timeout=SOON)
     assert page.locator(".cp-answer img, .cp-answer script").count() == 0
 
+    turn_to(page, "Prune")  # once more: nothing of the first result stays beside the second
+    choose_sparsity(page, "70%")
+    ask_for_little(page)
+    button(page, "Prune").click()
+    page.locator(".cp-headline", has_text="at 70% sparsity").wait_for(timeout=A_RUN)
+    assert page.get_by_text("Pushed:").count() == 0
+    turn_to(page, "Try it")
+    page.get_by_text("pocket: dense, and at 70% sparsity.").wait_for(timeout=SOON)
+    assert page.locator(".cp-answer").count() == 0
+
 
 @pytest.mark.parametrize("name", ["no such model", "../../etc", "<img src=x onerror=alert(1)>"])
 def test_a_bad_name_is_answered_in_one_sentence(visit: Callable, name: str) -> None:

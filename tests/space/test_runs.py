@@ -103,6 +103,23 @@ def test_a_run_that_is_declined_before_its_turn_does_not_begin(tmp_path: Path) -
     assert list(visitors.root.iterdir()) == []
 
 
+def test_a_result_is_kept_until_the_next_one_is_there(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    first = visitors.prune("one", QUICK)
+    wait_until(lambda: first.finished)
+    failed = visitors.prune("one", replace(QUICK, model="owner/none"))
+    wait_until(lambda: failed.finished)
+    assert failed.error
+    assert visitors.result("one") is first
+    assert first.folder.exists()
+    second = visitors.prune("one", QUICK)
+    wait_until(lambda: second.finished)
+    assert visitors.result("one") is second
+    assert [path.name for path in visitors.root.iterdir()] == [second.folder.name]
+    assert [path.name for path in visitors.files.iterdir()] == [second.shelf.name]
+    visitors.close()
+
+
 def test_what_one_view_declines_is_none_of_another(tmp_path: Path) -> None:
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.prune("one", QUICK)
