@@ -2,7 +2,8 @@
 """Writes the folder that is uploaded as a Space: `space_bundle.py WHEEL TARGET`.
 
 A Space installs its requirements before its files are there, so a wheel beside them cannot be one of these. The wheel's
-package is unpacked next to app.py instead (it lies there as a whole, too, for jobs that the Space starts), and its place in the requirements is taken by those that the wheel states.
+package is unpacked next to app.py instead, and its place in the requirements is taken by those that the wheel states. The
+wheel lies there as a whole, too, for jobs that the Space starts.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from limits import ANSWER_SECONDS, Job, Question, check_size
 from optimum_calibprune import CalibPruner
 from runs import PruneRun, Run
 from watch import STATES, Watch
+from work import downloads
 
 
 class AnswerRun(Run):
@@ -27,9 +28,10 @@ class AnswerRun(Run):
         super().__init__(result.folder)
         self.question, self._result = question, result
 
-    def work(self) -> None:
+    def perform(self) -> None:
         assert self._result.record is not None
         revision = self._result.record.base.revision
+        check_size(self._result.job.model, revision)
         zero.do(self, _gpu_seconds, answer, self.question, self._result.job, revision, self.folder)
 
     def remove(self) -> None:
@@ -48,13 +50,12 @@ def answer(watch: Watch, question: Question, job: Job, revision: str | None, fol
 
 
 def _load(state: str, watch: Watch, job: Job, revision: str | None, folder: Path) -> CalibPruner:
-    """As for pruning: no code that comes with a model, no pickles, and within the size."""
+    """As for pruning: no code that comes with a model, and no pickles."""
     watch.check()
     options = {"sparsity": job.sparsity, "capabilities": "none", "stream": False}
     if state == "sparse":
         return CalibPruner.from_pretrained(str(folder / "model"), **options)
-    check_size(job.model, revision)
-    return CalibPruner.from_pretrained(job.model, revision=revision, cache_dir=folder / "downloads", **options)
+    return CalibPruner.from_pretrained(job.model, revision=revision, cache_dir=downloads(folder), **options)
 
 
 def _answer(watch: Watch, question: Question, state: str, pruner: CalibPruner) -> None:

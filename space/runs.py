@@ -39,7 +39,7 @@ class Run(Watch):
         asked = copy_context()  # in which ZeroGPU finds out who asks
         self._thread = threading.Thread(target=asked.run, args=(self._run,), name="run", daemon=True)
 
-    def work(self) -> None:
+    def perform(self) -> None:
         """What is done, with calls of `check` in between."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class Run(Watch):
                 self.check()
             self._has_turn = True
             self.restart_clock()
-            self.work()
+            self.perform()
         except Exception as error:
             failed = sentence(error, self.folder)
         finally:
@@ -106,7 +106,8 @@ class PruneRun(Run):
         self.job, self.shelf, self._keep = job, shelf, keep
         self.record: RunRecord | None = None
 
-    def work(self) -> None:
+    def perform(self) -> None:
+        check_size(self.job.model)
         record = zero.do(self, _gpu_seconds(self.job, self.folder), work.prune, self.job, self.folder)
         work.pack(self, self.job, self.folder, self.shelf)
         self.record = record
@@ -126,7 +127,8 @@ class CompareRun(Run):
         self.jobs, self._keep = jobs, keep
         self.records: list[RunRecord] = []
 
-    def work(self) -> None:
+    def perform(self) -> None:
+        check_size(self.jobs[0].model)
         dense: dict[str, Any] = {}
         for job in self.jobs:
             self.restart_clock()
@@ -137,7 +139,7 @@ class CompareRun(Run):
 
 
 def _gpu_seconds(job: Job, folder: Path) -> Callable[[], int]:
-    return partial(zero.seconds_of, job, folder / "downloads")
+    return partial(zero.seconds_of, job, work.downloads(folder))
 
 
 def plan_of(job: Job, root: Path) -> str:
@@ -145,6 +147,6 @@ def plan_of(job: Job, root: Path) -> str:
     check_size(job.model)
     with tempfile.TemporaryDirectory(dir=root) as cache:
         if zero.LENT:
-            asked = f" A GPU is asked for {zero.seconds_of(job, Path(cache))} s."
-            return work.plan_text(zero.plan_of(job, Path(cache))) + asked
+            plan, seconds = zero.planned(job, Path(cache))
+            return f"{work.plan_text(plan)} A GPU is asked for {seconds} s."
         return work.plan_text(CalibPruner.from_pretrained(job.model, cache_dir=cache, **job.options).plan())

@@ -17,7 +17,7 @@ EXPECTED = (ValueError, OSError, ImportError, MemoryError)  # what the package r
 PATHS = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]*")
 STOPPED = "The run was stopped; of what it had not finished, nothing is left."
 TOO_LONG = "This took longer than the {:,} s that this page allows; ask for less."
-UNEXPECTED = "The run failed in a way that nobody expected; try other settings."
+UNEXPECTED = "This failed in a way that nobody expected; try other settings."
 
 
 class Stopped(Exception):

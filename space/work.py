@@ -7,17 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from limits import Job, check_size
+from limits import Job
 from optimum_calibprune import CalibPruner, Plan, RunRecord
 from watch import Watch
 
 
+def downloads(folder: Path) -> Path:
+    """Where a run keeps what it fetches."""
+    return folder / "downloads"
+
+
 def prune(watch: Watch, job: Job, folder: Path) -> RunRecord:
     """The record; the pruned model goes into `folder`."""
-    check_size(job.model)
     watch.check()
-    cache = folder / "downloads"
-    pruner = CalibPruner.from_pretrained(job.model, cache_dir=cache, **job.options)
+    pruner = CalibPruner.from_pretrained(job.model, cache_dir=downloads(folder), **job.options)
     watch.check()
     watch.plan_text = plan_text(pruner.plan())
     record = pruner.prune(on_progress=watch.progress, cancelled=watch.check)
@@ -29,7 +32,7 @@ def prune(watch: Watch, job: Job, folder: Path) -> RunRecord:
 def pack(watch: Watch, job: Job, folder: Path, shelf: Path) -> None:
     """An archive of the pruned model goes into `shelf`."""
     watch.progress(0, 1, "save")
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    shutil.rmtree(downloads(folder), ignore_errors=True)
     name = f"{job.model.split('/')[-1]}-{job.sparsity.strip('%').replace(':', 'of')}"
     shelf.mkdir(parents=True)
     shutil.make_archive(str(shelf / name), "zip", folder / "model")
@@ -38,9 +41,8 @@ def pack(watch: Watch, job: Job, folder: Path, shelf: Path) -> None:
 
 def compare(watch: Watch, job: Job, folder: Path, dense: dict[str, Any]) -> tuple[RunRecord, dict[str, Any]]:
     """The record, and the dense model's scores as the next job of that model takes them; nothing else is kept."""
-    check_size(job.model)
     watch.progress(0, 0, "load")
-    pruner = CalibPruner.from_pretrained(job.model, cache_dir=folder, **job.options)
+    pruner = CalibPruner.from_pretrained(job.model, cache_dir=downloads(folder), **job.options)
     record = pruner.prune(on_progress=watch.progress, cancelled=watch.check, **dense)
     return record, {"dense_scores": pruner.scores["dense"]}
 

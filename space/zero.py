@@ -16,38 +16,32 @@ from huggingface_hub import snapshot_download
 
 from estimate import OVER_RATES, work_seconds
 from hardware import GB, Flavor
-from limits import POCKET, SECONDS, Job, check_size
+from limits import POCKET, SECONDS, Job
 from optimum_calibprune import ModelShape, Plan
 from watch import Watch, sentence
 
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 LENT = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
-EVERY = 0.4  # seconds between two looks at a task
+EVERY = 0.1  # seconds between two looks at a task
 GPU = Flavor("zero-gpu", "half an RTX PRO 6000", 48 * GB, 48 * GB, 100 * GB, 0.0)
 LOADS = 20.0  # seconds until the models are loaded; supposed, as all that the estimate supposes
 ASKS = 10.0  # seconds for the questions of a capability, which are answered token by token
 
 
-def shape_of(job: Job, cache: Path) -> ModelShape:
-    return ModelShape.from_pretrained(job.model, token=False, cache_dir=cache, **job.config)
-
-
-def plan_of(job: Job, cache: Path) -> Plan:
-    """From the model's config alone, since there is no GPU yet on which to look."""
-    return shape_of(job, cache).plan(GPU.machine)
+def planned(job: Job, cache: Path) -> tuple[Plan, int]:
+    """The plan, from the model's config alone, since there is no GPU yet on which to look; for how many seconds one is asked."""
+    shape = ModelShape.from_pretrained(job.model, token=False, cache_dir=cache, **job.config)
+    plan = shape.plan(GPU.machine)
+    work = work_seconds(shape, plan, GPU)
+    return plan, min(SECONDS, round(LOADS + OVER_RATES[1] * work + ASKS * len(plan.capabilities)))
 
 
 def seconds_of(job: Job, cache: Path) -> int:
-    """For which a GPU is asked. The model is fetched before, so that nobody pays for that. Raises `ValueError` for models that
-    are too large, or not there."""
-    check_size(job.model)
+    """For which a GPU is asked. The model is fetched before, so that nobody pays for that."""
     if job.model != POCKET:
         snapshot_download(job.model, cache_dir=cache, token=False, allow_patterns=FILES)
-    shape = shape_of(job, cache)
-    plan = shape.plan(GPU.machine)
-    work = work_seconds(shape, plan, GPU)
-    return min(SECONDS, round(LOADS + OVER_RATES[1] * work + ASKS * len(plan.capabilities)))
+    return planned(job, cache)[1]
 
 
 def do(run: Watch, seconds: Callable[[], int], task: Callable[..., Any], *given: Any) -> Any:

@@ -170,7 +170,7 @@ def test_a_run_that_does_not_look_at_the_clock_is_given_up(tmp_path: Path, monke
     released = threading.Event()
     monkeypatch.setattr(runs.Run, "limit", 0.01)
     monkeypatch.setattr(runs, "GRACE", 0.01)
-    monkeypatch.setattr(runs.PruneRun, "work", lambda run: released.wait(60))
+    monkeypatch.setattr(runs.PruneRun, "perform", lambda run: released.wait(60))
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.prune("one", QUICK)
     wait_until(lambda: not run.wait(0.02))

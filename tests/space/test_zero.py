@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_calibprune import RunRecord
+from optimum_calibprune import RunRecord, pocket
 from tests.space.device_api import DeviceApi
 from tests.space.server import Server, serve
 
@@ -94,6 +94,28 @@ def test_each_mix_of_a_comparison_has_its_own_turn(client: gradio_client.Client,
     assert [record["config"]["mix"] for record in found] == mixes
     assert len({record["capabilities"]["capabilities"][0]["dense"] for record in found}) == 1
     assert len(lender.of("/schedule")) == len(lender.of("/release")) == 2
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_before_a_gpu_is_asked_for(
+    client: gradio_client.Client, lender: DeviceApi, server: Server
+) -> None:
+    server.hub.add_repo(
+        "owner/tiny", {path.name: path.read_bytes() for path in pocket.MODEL.iterdir() if path.is_file()}
+    )
+    server.hub.requests.clear()
+    asked_after = []
+    answer = lender.answer
+    lender.answer = lambda path, given: asked_after.append(len(weights(server))) or answer(path, given)
+    found = json.loads(client.predict(["igsp", "self-cal"], "owner/tiny", samples=4, api_name="/compare"))
+    lender.answer = answer
+    assert [record["base"]["name"] for record in found] == ["owner/tiny"] * 2
+    assert asked_after[0] == 1
+    assert len(weights(server)) == 1
+
+
+def weights(server: Server) -> list[str]:
+    """Downloads of the weights so far."""
+    return [path for method, path, _ in server.hub.requests if method == "GET" and path.endswith("model.safetensors")]
 
 
 def test_a_run_that_is_stopped_gives_its_gpu_back(client: gradio_client.Client, lender: DeviceApi) -> None:
