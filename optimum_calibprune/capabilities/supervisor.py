@@ -10,6 +10,7 @@ Tests and program talk as `remote.py` says. Constants carry their names of the L
 without a C wrapper have the same number on every architecture.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -373,7 +374,10 @@ def _keep(
     _prepare_keeper(folder, namespaces, uid)
     send_secret, outcomes, *processes = _start(program, tests, (folder, seconds, memory, namespaces, uid))
     secret, start = os.urandom(16), time.monotonic()
-    os.write(send_secret, secret)
+    with contextlib.suppress(
+        BrokenPipeError
+    ):  # the program, which runs already, has killed its tests: they report nothing
+        os.write(send_secret, secret)
     os.close(send_secret)
     message, elapsed = _outcome(outcomes, seconds, wall), time.monotonic() - start
     status = _kill_all(processes, uid, namespaces)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,34 @@ def test_an_ordinary_user_without_namespaces_is_refused() -> None:
     assert "only root" in level.reason
 
 
+def change_supervisor(change: Callable[[str], str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on another one, in a folder that everybody can read, judges programs."""
+    for name in ("supervisor", "remote", "system_calls"):
+        text = Path(sandbox.__file__).with_name(f"{name}.py").read_text()
+        (folder / f"{name}.py").write_text(change(text))
+    monkeypatch.setattr(sandbox, "_SUPERVISOR", folder / "supervisor.py")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root becomes another user")
+def test_a_program_that_kills_its_tests_before_they_begin_fails_alone(
+    open_python: str, open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", open_python)
+    slow = "    secret, start = os.urandom(16)"
+
+    def change(text: str) -> str:
+        return text.replace(slow, f"    time.sleep(0.3)\n{slow}")
+
+    change_supervisor(change, open_folder, monkeypatch)
+    assert "time.sleep(0.3)" in (open_folder / "supervisor.py").read_text()
+    if not (level := sandbox._probe(namespaces=False)).available:
+        pytest.skip(level.reason)
+    with sandbox._Supervisor(Limits(), namespaces=False) as supervisor:
+        verdict = supervisor.judge(("import os, signal\nos.kill(-1, signal.SIGKILL)", ""))
+        assert not verdict.passed
+        assert supervisor.judge(("", "")).passed
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root becomes another user")
 @pytest.mark.parametrize(
     ("lock", "reason"),
@@ -116,10 +144,9 @@ def test_nothing_runs_where_a_lock_does_not_hold(
     monkeypatch.setattr(sys, "executable", open_python)
     if not (level := sandbox._probe(namespaces=False)).available:
         pytest.skip(level.reason)
-    for name in ("supervisor", "remote", "system_calls"):
-        text = Path(sandbox.__file__).with_name(f"{name}.py").read_text()
-        (open_folder / f"{name}.py").write_text(re.sub(rf"^( +){re.escape(lock)}", r"\1pass", text, flags=re.M))
-    monkeypatch.setattr(sandbox, "_SUPERVISOR", open_folder / "supervisor.py")
+    change_supervisor(
+        lambda text: re.sub(rf"^( +){re.escape(lock)}", r"\1pass", text, flags=re.M), open_folder, monkeypatch
+    )
     level = sandbox._probe(namespaces=False)
     assert not level.available
     assert re.search(reason, level.reason), level.reason
