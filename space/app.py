@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(tempfile.gettempdir()) / "calibprune-space"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ["GRADIO_TEMP_DIR"] = str(ROOT / "files")  # gradio reads both when it is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else threads that never end remember each tokenizer
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # no visitor sees or does anything by the token of this Space
 
 import gradio as gr  # noqa: E402
@@ -20,7 +21,7 @@ import spaces  # noqa: E402, F401  first of all that brings torch, which it prep
 
 from api import endpoints  # noqa: E402
 from events import key_of  # noqa: E402
-from limits import KEPT_SECONDS, WAITING  # noqa: E402
+from limits import KEPT_SECONDS, SESSIONS, WAITING  # noqa: E402
 from view_big import big_view  # noqa: E402
 from view_compare import compare_view  # noqa: E402
 from view_prune import prune_view  # noqa: E402
@@ -68,7 +69,12 @@ def main() -> None:
     demo = build_demo(visitors, login=on_a_space)
     try:
         demo.launch(
-            theme=theme(), css_paths=HERE / "style.css", max_file_size="1kb", ssr_mode=False, footer_links=["api"]
+            theme=theme(),
+            css_paths=HERE / "style.css",
+            max_file_size="1kb",
+            ssr_mode=False,
+            footer_links=["api"],
+            state_session_capacity=SESSIONS,
         )
     finally:
         visitors.close()

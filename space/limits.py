@@ -49,6 +49,7 @@ WAITING = 20  # runs in the queue
 BIG_SAMPLES = (16, 1024)  # of the model's own length, where it runs elsewhere
 PROCESSES = (1, 8)  # GPUs of a visitor's machine
 HOURS = (1, 24)  # of a job that a visitor pays
+SESSIONS = 200  # the latest, whose pages gradio remembers, a quarter of a megabyte each
 KEPT_SECONDS = 3600  # a result, after which its folder goes
 KEPT_RESULTS = 8  # at once, the latest; one a visitor
 NAME_CHARACTERS = 96

@@ -63,9 +63,9 @@ def upload(run: PruneRun, repo: str, token: str | None, private: bool, create_pr
     """Pushes the model of a run; the address of the commit, or of the pull request."""
     name = checked_repo(repo)
     owner = checked_token(token)  # never the token of this Space
-    folder = run.folder / "model"
-    try:
-        commit = push_folder(folder, name, private=True if private else None, token=owner, create_pr=create_pr)
-    except EXPECTED as error:
-        raise ValueError(sentence(error, folder)) from error
+    with run.in_use() as folder:
+        try:
+            commit = push_folder(folder, name, private=True if private else None, token=owner, create_pr=create_pr)
+        except EXPECTED as error:
+            raise ValueError(sentence(error, folder)) from error
     return commit.pr_url or commit.commit_url

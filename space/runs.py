@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from watch import TOO_LONG, Watch, sentence
 
 
 Keep = Callable[[RunRecord], None]
+NO_RESULT = "There is no result yet in this session; prune a model first."
 TURN = threading.Lock()  # of the one run that works, whatever the queue of the page lets through
 
 
@@ -84,7 +87,7 @@ class Run(Watch):
         except Exception as error:
             failed = sentence(error, self.folder)
         finally:
-            gc.collect()
+            _give_back()
             self._end(failed)
 
     def _end(self, error: str) -> None:
@@ -105,6 +108,8 @@ class PruneRun(Run):
         super().__init__(folder)
         self.job, self.shelf, self._keep = job, shelf, keep
         self.record: RunRecord | None = None
+        self._users, self._removed = 0, False
+        self._use = threading.Lock()
 
     def perform(self) -> None:
         check_size(self.job.model)
@@ -113,7 +118,27 @@ class PruneRun(Run):
         self.record = record
         self._keep(self.record)
 
+    @contextmanager
+    def in_use(self) -> Iterator[Path]:
+        """The folder of the pruned model. It stays until the end of this, should the run be removed meanwhile; `ValueError` where
+        it has been."""
+        with self._use:
+            if self._removed:
+                raise ValueError(NO_RESULT)
+            self._users += 1
+        try:
+            yield self.folder / "model"
+        finally:
+            with self._use:
+                self._users -= 1
+            if self._removed:
+                self.remove()
+
     def remove(self) -> None:
+        with self._use:
+            self._removed = True
+            if self._users:
+                return  # the last of them does it
         super().remove()
         shutil.rmtree(self.shelf, ignore_errors=True)
 
@@ -136,6 +161,13 @@ class CompareRun(Run):
             self.records.append(record)
             self._keep(record)
         self.remove()
+
+
+def _give_back() -> None:
+    """What a run has freed goes back to the system. Each thread allocates in a heap of its own, where glibc would keep it."""
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _gpu_seconds(job: Job, folder: Path) -> Callable[[], int]:

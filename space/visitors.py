@@ -16,7 +16,7 @@ from typing import TypeVar
 from answers import AnswerRun
 from limits import COMPARED, KEPT_RESULTS, KEPT_SECONDS, Job, Question
 from optimum_calibprune import RunRecord
-from runs import CompareRun, PruneRun, Run
+from runs import NO_RESULT, CompareRun, PruneRun, Run
 from watch import STOPPED
 
 
@@ -93,7 +93,7 @@ class Visitors:
         """The pruned model of a visitor; `ValueError` where there is none."""
         visitor = self._visitors.get(key)
         if visitor is None or visitor.pruned is None or visitor.pruned.record is None:
-            raise ValueError("There is no result yet in this session; prune a model first.")
+            raise ValueError(NO_RESULT)
         visitor.seen = time.monotonic()
         return visitor.pruned
 

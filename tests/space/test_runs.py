@@ -120,6 +120,18 @@ def test_a_result_is_kept_until_the_next_one_is_there(tmp_path: Path) -> None:
     visitors.close()
 
 
+def test_a_result_that_is_being_pushed_stays_until_that_ends(tmp_path: Path) -> None:
+    visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
+    run = visitors.prune("one", QUICK)
+    wait_until(lambda: run.finished)
+    with run.in_use() as folder, run.in_use():
+        visitors.leave("one")
+        assert (folder / "model.safetensors").exists()
+    assert list(visitors.root.iterdir()) == list(visitors.files.iterdir()) == []
+    with pytest.raises(ValueError, match="no result yet in this session"), run.in_use():
+        pass
+
+
 def test_what_one_view_declines_is_none_of_another(tmp_path: Path) -> None:
     visitors = Visitors(tmp_path / "visitors", tmp_path / "files")
     run = visitors.prune("one", QUICK)
