@@ -129,6 +129,10 @@ def _named(config: CalibPruneConfig, suite: str | None) -> list[Task | Benchmark
     data = Path(config.task_data) if config.task_data is not None else None
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"There is no folder {config.task_data!r} with the data of tasks.")
+    if suite == "pocket" and (other := [name for name in names if name not in probes]):
+        raise ValueError(
+            f"The suite 'pocket' does not have {', '.join(other)}; leave the suite out, or name its probes."
+        )
     limit = config.limit or benchmarks.SUITES.get(suite or ("full" if config.tasks else "quick"))
     if config.limit and (clash := [name for name in names if name in probes]):
         raise ValueError(f"limit is for benchmarks; {', '.join(clash)} is measured as a whole.")

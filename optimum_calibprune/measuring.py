@@ -13,7 +13,7 @@ from .capabilities import contamination, store
 from .capabilities import perplexity as perplexities
 from .capabilities.harness import Loaded
 from .capabilities.metrics import fingerprint_of, name_of
-from .capabilities.score import Prepared, measure, prepare
+from .capabilities.score import Prepared, measure, prepare, scored
 from .choices import LENGTH, choose_perplexity_text, choose_tasks
 from .pruning.homes import Home
 from .records import CAPABILITIES, CalibPruneConfig, CalibrationSource, PerplexityReport, Scores, TaskOverlap
@@ -132,8 +132,8 @@ class Measuring:
             )
         for score in given.tasks:
             task, metric = tasks[score.task], self.metrics.get(score.task, score.metric)
-            asked = len(score.item_scores) == task.items() and score.fingerprint in ("", task.fingerprint())
-            if not asked or metric != score.metric:
+            alike = score.fingerprint in ("", scored(task, self._metrics.get(score.task)))
+            if len(score.item_scores) != task.items() or not alike or metric != score.metric:
                 raise ValueError(
                     f"dense_scores of task {score.task!r} are of other items than this run's, or were asked or scored "
                     "differently; measure the dense model again with this run's options."

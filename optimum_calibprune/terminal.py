@@ -104,5 +104,8 @@ def errors(code: int, interrupted: str = "nothing was left behind") -> Iterator[
             sys.exit(FAILED)
         if kind != "OutOfMemoryError":
             raise
-        say(f"Error: out of GPU memory; try --device cpu, or fewer samples a --micro-batch. {error}", to_stderr=True)
+        say(
+            f"Error: out of GPU memory; try --device cpu, or while it prunes a smaller --micro-batch. {error}",
+            to_stderr=True,
+        )
         sys.exit(FAILED)

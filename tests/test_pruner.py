@@ -349,6 +349,14 @@ def test_metrics_score_the_texts_of_a_task_before_and_after() -> None:
     with pytest.raises(ValueError, match=r"dense_scores of task 'pocket_math' .* scored differently"):
         other.prune(dense_scores=own)
 
+    def exact_match(predictions: list[str], references: list[str]) -> float:
+        return 1.0
+
+    other = CalibPruner.from_pretrained("pocket", metrics={"pocket_math": exact_match}, **options)
+    with pytest.raises(ValueError, match=r"dense_scores of task 'pocket_math' .* scored differently"):
+        other.prune(dense_scores=own)  # lm-eval's metric of that name
+    other.prune(dense_scores=other.evaluate())
+
 
 @pytest.mark.parametrize(
     ("task", "metric", "message"),

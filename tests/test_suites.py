@@ -122,6 +122,10 @@ def test_what_a_config_asks_for(model: str, options: dict[str, Any], names: list
         ({"capabilities": "none", "suite": "full"}, "measures nothing, but suite was given"),
         ({"capabilities": "code,math", "tasks": "gsm8k"}, "Capabilities code were asked for, but none of the tasks"),
         ({"suite": "pocket", "limit": 5}, "limit is for benchmarks; pocket_general"),
+        (
+            {"suite": "pocket", "tasks": ["pocket_math", "piqa"]},
+            "The suite 'pocket' does not have piqa; leave the suite",
+        ),
         ({"suite": "pocket", "task_data": "."}, "task_data is for benchmarks, and none is asked for"),
         ({"limit": 0}, "limit must be at least 1; 0 was given"),
         ({"task_data": "/no/such/folder"}, "There is no folder '/no/such/folder' with the data of tasks"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -58,7 +57,10 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     """Two-sided p-value of McNemar's exact test: how often fair coins split the items on which two models differ at least
     as unevenly. Exact also for large counts, since whole numbers have no limit."""
     differing = only_first + only_second
-    tail = sum(math.comb(differing, i) for i in range(min(only_first, only_second) + 1))
+    ways = tail = 1  # of choosing i items out of those, and of choosing up to i
+    for i in range(min(only_first, only_second)):
+        ways = ways * (differing - i) // (i + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**differing)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def check_overlaps(overlaps: Iterable[TaskOverlap], exempt: Iterable[str], most:
             raise ValueError(
                 f"{entry.overlapping} of {entry.items} items of task {entry.task!r} share {WORDS} words in a row with the "
                 f"calibration text of {sources}: {share:.1%}, and max_overlap allows {most:.1%}. Calibrate with other text, or "
-                f"allow it with max_overlap={share:.3f} or more (--max-overlap)."
+                f"allow it with max_overlap={math.ceil(share * 1000) / 1000:.3f} or more (--max-overlap)."
             )
 
 

@@ -43,7 +43,8 @@ class Engine(HFLM):
     batch begins with. The longest come first. A batch that does not fit into GPU memory is halved, and so are those after it.
 
     Attributes:
-        on_answers: called with (done, total) after each batch, where a total is what one call is asked for.
+        on_answers: called with (done, total) after each batch, and where texts are written after each of their tokens; a total
+            is what one call is asked for.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,6 +59,7 @@ class Engine(HFLM):
         self._tokens = TOKENS.get(self.device.type, TOKENS["cuda"])
         self._share = 1.0  # of a full batch, halved when memory runs out
         self.on_answers: Callable[[int, int], None] = lambda done, total: None
+        self._on_written: Callable[[int], None] = lambda done: None
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
@@ -84,6 +86,7 @@ class Engine(HFLM):
         wishes = [self._wish(*request.args) for request in requests]
         distinct = dict.fromkeys(wishes)
         found: dict[Wish, str] = {}
+        self._on_written = lambda done: self.on_answers(len(found) + done, len(distinct))
         for until, limit in dict.fromkeys((until, limit) for _, until, limit in distinct):
             prompts = [prompt for prompt, *rest in distinct if rest == [until, limit]]
             for some in self._texts(prompts, until, limit):
@@ -153,9 +156,7 @@ class Engine(HFLM):
                 found = answer(batch)
             except torch.OutOfMemoryError as error:
                 if len(batch) == 1:
-                    raise MemoryError(
-                        f"Out of GPU memory with a single text; use a GPU with more, or --device cpu. {error}"
-                    ) from error
+                    raise _too_large(error) from error
             if found is None:  # outside of the handler, which keeps the tensors of the batch alive
                 self._share = len(batch) / 2 / size
                 torch.cuda.empty_cache()
@@ -207,7 +208,10 @@ class Engine(HFLM):
         """The cache of what several prompts begin with, as one row; None where that is nothing."""
         if not tokens:
             return None
-        return self.model(input_ids=self._tensor([tokens]), use_cache=True, **self._last).past_key_values
+        try:
+            return self.model(input_ids=self._tensor([tokens]), use_cache=True, **self._last).past_key_values
+        except torch.OutOfMemoryError as error:
+            raise _too_large(error) from error
 
     def _score(self, choices: dict[Tokens, list[Tokens]], shared: int, beginning: Any) -> dict[Pair, Answer]:
         """Of prompts that share the cache of their first tokens; all their choices go on from one computation of them."""
@@ -260,6 +264,11 @@ class Engine(HFLM):
 
         shared = shared_beginning(prompts) if self._continues and self._shares else 0
         beginning = self._cache_of(prompts[0][:shared])
+
+        def draw(logits: torch.Tensor, text: torch.Tensor, step: int) -> torch.Tensor:
+            self._on_written(len(prompts) - len(text))
+            return logits.argmax(dim=-1)
+
         if beginning is not None:
             beginning.reorder_cache(self._tensor([0] * len(prompts)))
         texts = continue_rows(
@@ -267,7 +276,7 @@ class Engine(HFLM):
             [prompt[shared:] for prompt in prompts],
             begun=(beginning, shared) if shared else None,
             limits=[limit] * len(prompts),
-            draw=lambda logits, text, step: logits.argmax(dim=-1),
+            draw=draw,
             finished=finished,
         )
         whole = self.tokenizer.batch_decode(texts, skip_special_tokens=True)
@@ -278,6 +287,10 @@ class Engine(HFLM):
 
     def _padded(self, rows: Sequence[Tokens], value: int) -> torch.Tensor:
         return pad_sequence([self._tensor(row) for row in rows], True, value)
+
+
+def _too_large(error: torch.OutOfMemoryError) -> MemoryError:
+    return MemoryError(f"Out of GPU memory with a single text; use a GPU with more, or --device cpu. {error}")
 
 
 def _answers(pairs: Sequence[Pair], logits: torch.Tensor, targets: torch.Tensor) -> dict[Pair, Answer]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import json
 import random
 from collections import defaultdict
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import task_data
 from .benchmarks import DRAW, Benchmark
 from .contamination import WORD, WORDS
+from .metrics import source_of
 from .sandbox import check_programs
 
 
@@ -164,10 +164,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_described(item) for item in value]
     if callable(value):
-        try:
-            return inspect.getsource(value)
-        except (TypeError, OSError):
-            return getattr(value, "__qualname__", type(value).__qualname__)
+        return source_of(value)
     return value if isinstance(value, str | int | float | None) else type(value).__qualname__
 
 
@@ -243,7 +240,7 @@ def load(benchmark: Benchmark, token: str | None = None) -> Loaded:
     except Exception as error:  # a user's file may hold anything
         if not own:
             raise
-        raise ValueError(f"{Path(benchmark.config).name} is not a task of lm-eval: {error!r}") from error
+        raise ValueError(f"{Path(benchmark.config).name} is not a task of lm-eval: {_sentence(error)}") from error
     if benchmark.data is not None and not own:
         configs, data = _local(benchmark, configs, benchmark.data)
     else:
@@ -253,7 +250,10 @@ def load(benchmark: Benchmark, token: str | None = None) -> Loaded:
         for config in configs if token else ():
             config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "token": token}
     try:
-        return Loaded(benchmark, _tasks(configs), data)
+        parts = _tasks(configs)
+        if any(part.OUTPUT_TYPE == "loglikelihood_rolling" for part in parts):
+            raise ValueError("it has no score for each item but a perplexity; the option perplexity_text measures one")
+        return Loaded(benchmark, parts, data)
     except AssertionError as error:  # lm-eval's word on a data set that does not do
         raise ValueError(f"lm-eval cannot ask it: {error}") from error
 
@@ -348,7 +348,7 @@ def _tasks(configs: list[dict[str, Any]]) -> list[ConfigurableTask]:
     try:
         return list(TaskManager(include_defaults=False).load(configs)["tasks"].values())
     except (OSError, DatasetsError) as error:
-        sentence = " ".join(str(error).split())
+        sentence = _sentence(error)
         if "/" not in str(repo):  # a user's own files
             raise ValueError(f"{repo} cannot be had here: {sentence}") from error
         if huggingface_hub.is_offline_mode():
@@ -356,4 +356,10 @@ def _tasks(configs: list[dict[str, Any]]) -> list[ConfigurableTask]:
         kind = ConnectionError if isinstance(error, ConnectionError | TimeoutError) else ValueError
         raise kind(f"{repo} cannot be had here: {sentence}") from error
     except Exception as error:  # lm-eval tells of a task and data that do not fit by any exception there is
-        raise ValueError(f"lm-eval cannot read it: {' '.join(str(error).split()) or type(error).__name__}") from error
+        if isinstance(error, StopIteration) or "out of bounds for size 0" in str(error):
+            raise ValueError("it has no items") from error
+        raise ValueError(f"lm-eval cannot read it: {_sentence(error)}") from error
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,20 @@ def fingerprint_of(metric: Metric) -> str | None:
     refers to, so that no score may be taken for its own."""
     found = getattr(metric, "_hash", None) if hasattr(metric, "compute") else None
     return f"{metric.config_name} {found}" if found else None
+
+
+def described(metric: Metric) -> str:
+    """What tells a metric from others: name and hash of files, of a function its source. What a function refers to is not
+    seen, so that this pairs scores which were kept, and lends none."""
+    return f"{name_of(metric)} {fingerprint_of(metric) or source_of(metric)}"
+
+
+def source_of(function: Any) -> str:
+    """The source of a function; of what has none, such as a builtin or an object that can be called, the name."""
+    try:
+        return inspect.getsource(function)
+    except (TypeError, OSError):
+        return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _called(metric: Metric, prediction: Any, reference: Any) -> Any:

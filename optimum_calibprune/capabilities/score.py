@@ -14,7 +14,7 @@ from ..records import Scores, TaskScore
 from . import contamination, store
 from .benchmarks import Benchmark
 from .harness import Loaded, fingerprint, load
-from .metrics import item_scores, name_of
+from .metrics import described, item_scores, name_of
 from .sandbox import SandboxUnavailable, Verdict, check_programs, isolation
 from .tasks import Task, lm_eval_config, read
 
@@ -206,13 +206,19 @@ def _measured(
         metric=metric,
         chance=task.chance(),
         item_scores=values,
-        fingerprint=task.fingerprint(),
+        fingerprint=scored(task, own_metric),
         shots=task.shots,
         data=task.data,
     )
     if key is not None and task.settled:
         store.save(key, result)
     return result
+
+
+def scored(task: Loaded | Probes, own_metric: Metric | None) -> str:
+    """SHA-256 of all that is asked and how it is scored."""
+    asked = task.fingerprint()
+    return asked if own_metric is None else hashlib.sha256(f"{asked} {described(own_metric)}".encode()).hexdigest()
 
 
 def _by_metric(metric: Metric, texts: Sequence[str], references: Sequence[Any]) -> tuple[float, ...]:

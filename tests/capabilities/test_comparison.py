@@ -54,7 +54,7 @@ def save(folder: Path, scores: Run) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 5), (3, 9), (12, 12), (40, 17), (1, 0), (700, 611)])
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 5), (3, 9), (12, 12), (40, 17), (1, 0), (700, 611), (3500, 3600)])
 def test_mcnemar_is_the_exact_binomial_test(b: int, c: int) -> None:
     expected = scipy.stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
     assert mcnemar_p_value(b, c) == pytest.approx(expected)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -169,6 +170,15 @@ def test_a_leak_is_refused_unless_asked_for_and_then_shown(tmp_path: Path) -> No
     for state in ("dense", "sparse"):
         scores = json.loads((tmp_path / "out" / "scores" / f"{state}.json").read_text())
         assert len(scores["tasks"][0]["fingerprint"]) == 64
+
+
+def test_what_a_refusal_advises_is_allowed() -> None:
+    """Also where it is no round number: 457 of 2376 are a little more than 19.2 %."""
+    found = [TaskOverlap("t", 2376, 457, 0, {"a": 457})]
+    with pytest.raises(ValueError, match="457 of 2376 items") as refused:
+        check_overlaps(found, [], 0.1)
+    advised = re.search(r"allow it with max_overlap=([0-9.]+) or more", str(refused.value))[1]
+    check_overlaps(found, [], float(advised))
 
 
 def test_the_generators_texts_are_exempt_by_their_label() -> None:

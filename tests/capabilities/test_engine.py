@@ -231,5 +231,20 @@ def test_batches_are_halved_where_memory_runs_out(
     assert max(sizes) > most >= sorted(sizes)[len(sizes) // 2]
     assert "Out of GPU memory: batches are halved, from 39 texts." in caplog.text
     most = 0
-    with pytest.raises(MemoryError, match="Out of GPU memory with a single text"):
-        engine.loglikelihood(asked)
+    beginning = " ".join(f"w{i % 9}" for i in range(100))
+    alike = requests("loglikelihood", [(f"{beginning} w{i}", " w1 w2") for i in range(4)])
+    for too_large in (asked, alike):
+        with pytest.raises(MemoryError, match="Out of GPU memory with a single text"):
+            engine.loglikelihood(too_large)
+
+
+def test_texts_are_counted_while_their_batch_is_written() -> None:
+    engine, seen = Engine(tiny("llama"), words()), []
+    engine.on_answers = lambda done, total: seen.append((done, total))
+    texts = engine.generate_until(
+        requests("generate_until", [(f"w{i}", {"until": [f"w{i % 9}"], "max_gen_toks": 30}) for i in range(1, 30)])
+    )
+    assert len({len(text) for text in texts}) > 2, "they end at different steps"
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len({done for done, _ in seen if 0 < done < 29}) > 2
+    assert seen[-1] == (29, 29)

@@ -231,6 +231,24 @@ def test_scores_tell_other_prompts_and_labels_of_the_same_items_apart(tmp_path: 
         ("task: t\nunsafe_code: true\n", "it runs generated code outside of our sandbox"),
         ("[1, 2]", "broken.yaml is not a task of lm-eval"),
         (
+            "task: [a, b\n",
+            r"broken.yaml is not a task of lm-eval: while parsing a flow sequence in .*, line 1, column 7",
+        ),
+        (
+            "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: FOLDER/empty.jsonl}}\ntest_split: test",
+            "^it has no items$",
+        ),
+        (
+            "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: FOLDER/a.jsonl}}\ntest_split: test\n"
+            "process_docs: !function none.left\ndoc_to_text: a\ndoc_to_target: b",
+            "^it has no items$",
+        ),
+        (
+            "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: FOLDER/a.jsonl}}\ntest_split: test\n"
+            "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: question\nmetric_list: [{metric: word_perplexity}]",
+            "it has no score for each item but a perplexity; the option perplexity_text measures one",
+        ),
+        (
             "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {train: FOLDER/a.jsonl}}\ntest_split: test",
             "lm-eval cannot read it: 'test'",
         ),
@@ -246,6 +264,8 @@ def test_scores_tell_other_prompts_and_labels_of_the_same_items_apart(tmp_path: 
 )
 def test_a_file_that_is_no_task_is_refused(yaml: str, message: str, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ITEMS)
+    write(tmp_path / "empty.jsonl", [])
+    (tmp_path / "none.py").write_text("def left(docs):\n    return docs.select([])\n")
     (tmp_path / "broken.yaml").write_text(yaml.replace("FOLDER", str(tmp_path)))
     with pytest.raises(ValueError, match=message):
         load(find(str(tmp_path / "broken.yaml")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from optimum_calibprune import pocket
 from optimum_calibprune.capabilities import sandbox
 from optimum_calibprune.capabilities import score as scoring
+from optimum_calibprune.capabilities.retention import capability_report
 from optimum_calibprune.capabilities.sandbox import Isolation
 from optimum_calibprune.capabilities.tasks import Task, pocket_tasks
 
@@ -141,3 +143,31 @@ def test_an_empty_task_is_refused(model: PreTrainedModel, tokenizer: PreTrainedT
     task = Task("nothing", "math", "exact_match", write(tmp_path / "t.jsonl", []))
     with pytest.raises(ValueError, match="'nothing' has no items"):
         scoring.measure(model, tokenizer, [task])
+
+
+def test_scores_of_metrics_that_share_a_name_are_told_apart(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    def always() -> Callable[[list[str], list[str]], float]:
+        def exact_match(predictions: list[str], references: list[str]) -> float:
+            return 1.0
+
+        return exact_match
+
+    def never() -> Callable[[list[str], list[str]], float]:
+        def exact_match(predictions: list[str], references: list[str]) -> float:
+            return 0.0
+
+        return exact_match
+
+    (task,) = (short(task, tmp_path, 4) for task in pocket_tasks(["math"]))
+    own, first, again, other = (
+        scoring.measure(model, tokenizer, [task], metrics={} if metric is None else {task.name: metric})
+        for metric in (None, always(), always(), never())
+    )
+    assert {scores.tasks[0].metric for scores in (own, first, again, other)} == {"exact_match"}
+    assert first == again
+    assert capability_report(first, again).total == 1
+    for pair in ((own, first), (own, other), (first, other)):
+        with pytest.raises(ValueError, match="was not measured on the same items in the same way"):
+            capability_report(*pair)
