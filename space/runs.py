@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -166,7 +167,7 @@ class CompareRun(Run):
 def _give_back() -> None:
     """What a run has freed goes back to the system. Each thread allocates in a heap of its own, where glibc would keep it."""
     gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -59,7 +59,6 @@ class Engine(HFLM):
         self._tokens = TOKENS.get(self.device.type, TOKENS["cuda"])
         self._share = 1.0  # of a full batch, halved when memory runs out
         self.on_answers: Callable[[int, int], None] = lambda done, total: None
-        self._on_written: Callable[[int], None] = lambda done: None
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
@@ -86,10 +85,13 @@ class Engine(HFLM):
         wishes = [self._wish(*request.args) for request in requests]
         distinct = dict.fromkeys(wishes)
         found: dict[Wish, str] = {}
-        self._on_written = lambda done: self.on_answers(len(found) + done, len(distinct))
+
+        def on_written(done: int) -> None:
+            self.on_answers(len(found) + done, len(distinct))
+
         for until, limit in dict.fromkeys((until, limit) for _, until, limit in distinct):
             prompts = [prompt for prompt, *rest in distinct if rest == [until, limit]]
-            for some in self._texts(prompts, until, limit):
+            for some in self._texts(prompts, until, limit, on_written):
                 found |= {(prompt, until, limit): text for prompt, text in some.items()}
                 self.on_answers(len(found), len(distinct))
         return [found[wish] for wish in wishes]
@@ -128,7 +130,9 @@ class Engine(HFLM):
         longest = len(rows[0][0]) + len(rows[0][1])
         yield from self._run(rows, self._tokens // longest, self._score_whole)
 
-    def _texts(self, prompts: list[str], until: tuple[str, ...], limit: int) -> Iterator[dict[str, str]]:
+    def _texts(
+        self, prompts: list[str], until: tuple[str, ...], limit: int, on_written: Callable[[int], None]
+    ) -> Iterator[dict[str, str]]:
         room = self.max_length - limit
         if room < 1:
             raise ValueError(
@@ -142,7 +146,7 @@ class Engine(HFLM):
             rows,
             size,
             lambda batch: dict(
-                zip(batch, self._continue([tokens[prompt] for prompt in batch], until, limit), strict=True)
+                zip(batch, self._continue([tokens[prompt] for prompt in batch], until, limit, on_written), strict=True)
             ),
         )
 
@@ -255,20 +259,22 @@ class Engine(HFLM):
         rows = torch.arange(len(pairs), device=self.device)[:, None]
         return _answers(pairs, logits[rows, places.clamp(max=logits.shape[1] - 1)], targets)
 
-    def _continue(self, prompts: Sequence[Tokens], until: tuple[str, ...], limit: int) -> list[str]:
+    def _continue(
+        self, prompts: Sequence[Tokens], until: tuple[str, ...], limit: int, on_written: Callable[[int], None]
+    ) -> list[str]:
+        """The texts after the prompts of one batch; `on_written` is told after each token how many of them are finished."""
         window = 2 + max((len(stop.encode()) for stop in until), default=0)  # a token holds a byte or more
 
         def finished(text: list[int]) -> bool:
             end = self.tokenizer.decode(text[-window:])
             return text[-1] in self._ends or any(stop in end for stop in until)
 
-        shared = shared_beginning(prompts) if self._continues and self._shares else 0
-        beginning = self._cache_of(prompts[0][:shared])
-
         def draw(logits: torch.Tensor, text: torch.Tensor, step: int) -> torch.Tensor:
-            self._on_written(len(prompts) - len(text))
+            on_written(len(prompts) - len(text))
             return logits.argmax(dim=-1)
 
+        shared = shared_beginning(prompts) if self._continues and self._shares else 0
+        beginning = self._cache_of(prompts[0][:shared])
         if beginning is not None:
             beginning.reorder_cache(self._tensor([0] * len(prompts)))
         texts = continue_rows(

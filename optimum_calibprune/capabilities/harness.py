@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.from_hub import sentence
 from . import task_data
 from .benchmarks import DRAW, Benchmark
 from .contamination import WORD, WORDS
@@ -240,7 +241,7 @@ def load(benchmark: Benchmark, token: str | None = None) -> Loaded:
     except Exception as error:  # a user's file may hold anything
         if not own:
             raise
-        raise ValueError(f"{Path(benchmark.config).name} is not a task of lm-eval: {_sentence(error)}") from error
+        raise ValueError(f"{Path(benchmark.config).name} is not a task of lm-eval: {_said(error)}") from error
     if benchmark.data is not None and not own:
         configs, data = _local(benchmark, configs, benchmark.data)
     else:
@@ -348,18 +349,18 @@ def _tasks(configs: list[dict[str, Any]]) -> list[ConfigurableTask]:
     try:
         return list(TaskManager(include_defaults=False).load(configs)["tasks"].values())
     except (OSError, DatasetsError) as error:
-        sentence = _sentence(error)
         if "/" not in str(repo):  # a user's own files
-            raise ValueError(f"{repo} cannot be had here: {sentence}") from error
+            raise ValueError(f"{repo} cannot be had here: {_said(error)}") from error
         if huggingface_hub.is_offline_mode():
             raise ValueError(f"{repo} cannot be had here (HF_HUB_OFFLINE is set)") from error
         kind = ConnectionError if isinstance(error, ConnectionError | TimeoutError) else ValueError
-        raise kind(f"{repo} cannot be had here: {sentence}") from error
+        raise kind(f"{repo} cannot be had here: {_said(error)}") from error
     except Exception as error:  # lm-eval tells of a task and data that do not fit by any exception there is
         if isinstance(error, StopIteration) or "out of bounds for size 0" in str(error):
             raise ValueError("it has no items") from error
-        raise ValueError(f"lm-eval cannot read it: {_sentence(error)}") from error
+        raise ValueError(f"lm-eval cannot read it: {_said(error)}") from error
 
 
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+def _said(error: BaseException) -> str:
+    """For the middle of a sentence."""
+    return sentence(error).rstrip(".")
